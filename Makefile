@@ -1,0 +1,56 @@
+# `make help` lists what there is. PYTHON=… names another interpreter, RECIPE=… and SET="key=value …" another experiment.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(firstword $(shell command -v python3.11 python3 python))
+LOCK := requirements/$(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu).txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
+COMPILE = uv pip compile pyproject.toml --quiet --no-header --no-annotate --python-version 3.11 --python-platform linux \
+  --index-strategy unsafe-best-match --extra train --extra generate --extra score --extra report --extra dev $(UV_OPTIONS)
+# Tools that a stage starts (accelerate, dvc) are found in the environment without activating it.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help install repro test lint bench lock
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+install: $(VENV)/installed ## Create .venv with every package at its locked version
+
+$(VENV)/installed: $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v[:2] == (3, 11) else \
+	  f"error: the locked wheels need Python 3.11, $(PYTHON) is {v[0]}.{v[1]}; install it and write PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing $(LOCK): about 4 GB, 3 to 5 minutes"
+ifeq ($(LOCK),requirements/cpu.txt)
+	@# Where the configured indexes lack torch's CPU build, uv knows the index of the PyTorch project.
+	@$(PIP) --requirement requirements/cpu.override.txt 2>/dev/null || \
+	  { $(PIP) uv==0.13.8 && $(BIN)/uv pip install --quiet --no-deps --torch-backend cpu torch==2.13.0; }
+endif
+	@$(PIP) --requirement $(LOCK)
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+repro: install ## Run the pipeline; RECIPE=name SET="key=value …" composes another experiment first
+ifneq ($(RECIPE)$(SET),)
+	@python -m workflow.compose $(if $(RECIPE),recipe=$(RECIPE)) $(SET)
+endif
+	@python -m workflow.params
+	dvc repro
+
+test: install ## Run every test (about 15 minutes on 2 cores)
+	pytest
+
+lint: install ## ruff, snakefmt and snakemake --lint
+	ruff check
+	ruff format --check
+	snakefmt --check Snakefile workflow/rules
+	snakemake --lint
+
+bench: install ## Measure the stages beside the same calls written as bare scripts
+	python -m bench.overhead
+
+lock: install ## Resolve requirements/{cpu,gpu}.txt again from pyproject.toml; UV_OPTIONS=… for indexes of your own
+	$(COMPILE) --extra gpu --output-file requirements/gpu.txt
+	$(COMPILE) --extra cpu --override requirements/cpu.override.txt --output-file requirements/cpu.txt \
+	  --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec

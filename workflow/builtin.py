@@ -1,0 +1,152 @@
+"""The builtin sources: a tiny Qwen2 with its own tokenizer, and arithmetic with worked-out thoughts.
+
+The data sets have the schemas of the real ones, so the same prepare code runs. Which questions are held out is
+decided by a hash of the question, so training and evaluation can never share one.
+"""
+
+import json
+import random
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# ChatML with generation markers, so that a loss on the assistant alone can find it.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# Digits stand alone, the tags of the taught format are whole words, the rest is split as usual.
+WORDS = r"<think>\n|\n</think>\n<answer>\n\\boxed\{|\}\n</answer>|\d| ?[A-Za-z]+|[ \n]|[^\sA-Za-z\d]"
+TERMS = 3
+
+
+def terms(rng: random.Random) -> list[int]:
+    """A two-digit number and three signed single digits whose running total stays in 10…99."""
+    while True:
+        numbers = [rng.randint(10, 99)] + [rng.choice((1, -1)) * rng.randint(2, 9) for _ in range(TERMS)]
+        if all(10 <= sum(numbers[: i + 1]) <= 99 for i in range(len(numbers))):
+            return numbers
+
+
+def question(numbers: list[int]) -> str:
+    """The question in words, e.g. `What is 43 + 8 - 5?`."""
+    rest = "".join(f" {'+' if number > 0 else '-'} {abs(number)}" for number in numbers[1:])
+    return f"What is {numbers[0]}{rest}?"
+
+
+def thought(numbers: list[int]) -> str:
+    """The running total, one step a line."""
+    lines = []
+    for i, number in enumerate(numbers[1:], 1):
+        total = sum(numbers[:i])
+        lines.append(f"{total} {'+' if number > 0 else '-'} {abs(number)} = {total + number}")
+    return "\n".join(lines)
+
+
+def examples(rows: int, held_out: bool, seed: int) -> Iterator[list[int]]:
+    """`rows` different questions, either only held-out ones (one in ten) or only the others."""
+    rng = random.Random(f"{seed}-{held_out}")
+    seen: set[str] = set()
+    while len(seen) < rows:
+        numbers = terms(rng)
+        text = question(numbers)
+        if text not in seen and (zlib.crc32(text.encode()) % 10 == 0) == held_out:
+            seen.add(text)
+            yield numbers
+
+
+def write_bespoke_stratos(output: Path, rows: int, seed: int, system_prompt: str | None) -> None:
+    """Traces in the schema of Bespoke-Stratos-17k, for SFT."""
+    write_jsonl(
+        output / "train.jsonl", (stratos_row(numbers, system_prompt) for numbers in examples(rows, False, seed))
+    )
+
+
+def stratos_row(numbers: list[int], system_prompt: str | None) -> dict[str, Any]:
+    """One Bespoke-Stratos row: thought and solution between the data set's own markers."""
+    response = (
+        f"<|begin_of_thought|>\n\n{thought(numbers)}\n\n<|end_of_thought|>\n\n"
+        f"<|begin_of_solution|>\n\n\\boxed{{{sum(numbers)}}}\n\n<|end_of_solution|>"
+    )
+    turns = [{"from": "user", "value": question(numbers)}, {"from": "assistant", "value": response}]
+    return {"system": system_prompt, "conversations": turns}
+
+
+def write_numina_tir(output: Path, rows: int, seed: int, system_prompt: str | None) -> None:
+    """Problems in the schema of NuminaMath-TIR, for GRPO."""
+    write_jsonl(output / "train.jsonl", (numina_row(numbers) for numbers in examples(rows, False, seed + 1)))
+
+
+def numina_row(numbers: list[int]) -> dict[str, Any]:
+    """One NuminaMath-TIR row: problem, worked solution, and both as messages."""
+    solution = f"{thought(numbers)}\nThe answer is $\\boxed{{{sum(numbers)}}}$."
+    messages = [{"role": "user", "content": question(numbers)}, {"role": "assistant", "content": solution}]
+    return {"problem": question(numbers), "solution": solution, "messages": messages}
+
+
+def write_questions(output: Path, rows: int, seed: int, system_prompt: str | None) -> None:
+    """Held-out questions in the schema of MATH, for evaluation."""
+    held_out = ({"problem": question(n), "answer": str(sum(n))} for n in examples(rows, True, seed))
+    write_jsonl(output / "test.jsonl", held_out)
+
+
+def write_jsonl(file: Path, rows: Iterator[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_model(
+    output: Path, seed: int, system_prompt: str | None, vocab_size: int = 400, corpus: str | None = None, **shape: Any
+) -> None:
+    """An untrained Qwen2 of the given shape and a byte-level BPE tokenizer trained on the spot.
+
+    Args:
+        corpus: a text file to train the tokenizer on; without it, the builtin questions and thoughts.
+        shape: arguments of transformers.Qwen2Config.
+    """
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    from workflow import prompts
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [f"system\n{system_prompt}user\nassistant\n"] * 100
+    for numbers in examples(2000, False, seed):
+        texts.append(question(numbers) + prompts.build(thought(numbers), f"\\boxed{{{sum(numbers)}}}"))
+    if corpus is not None:
+        texts += Path(corpus).read_text().splitlines()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+    config = Qwen2Config(
+        vocab_size=len(wrapped),
+        bos_token_id=None,
+        eos_token_id=wrapped.eos_token_id,
+        pad_token_id=wrapped.pad_token_id,
+        tie_word_embeddings=True,
+        **shape,
+    )
+    torch.manual_seed(seed)
+    Qwen2ForCausalLM(config).save_pretrained(output)
+    wrapped.save_pretrained(output)

@@ -1,0 +1,290 @@
+"""params.yaml as typed, frozen sections: every key has a meaning, an unknown key is an error.
+
+`load_params` is called by every stage before it does anything, so a mistake anywhere in the file stops the
+pipeline before the first second of work. `python -m workflow.params` runs the same checks alone.
+"""
+
+import ast
+import difflib
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", description="A name that is also a folder.")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+# Set by the pipeline or by the hardware file: written into params.yaml, they would change the cache key of
+# an experiment without changing the experiment.
+NOT_IN_TRAINER = {
+    "output_dir": "dvc.yaml decides where a model goes",
+    "seed": "write the top-level seed",
+    "per_device_train_batch_size": "write global_batch_size; the hardware file divides it",
+    "gradient_accumulation_steps": "write global_batch_size; the hardware file divides it",
+    "generation_batch_size": "write global_batch_size; the hardware file divides it",
+    "reward_weights": "write the weights beside the names in rewards",
+    "use_vllm": "the hardware file decides how rollouts are generated",
+    "use_cpu": "the hardware file decides where it runs",
+    "report_to": "metrics are always logged with DVCLive",
+    "push_to_hub": "nothing is published by a stage",
+}
+
+
+class ParamsError(ValueError):
+    """params.yaml is wrong; the message is one sentence that says what to write instead."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(Section):
+    """One model or data set to bring into data/."""
+
+    into: Literal["models", "raw"] = Field(description="data/models/<name> for a model, data/raw/<name> for data.")
+    origin: Literal["builtin", "path"] = Field(description="Made by the pipeline, or files on disk.")
+    builtin: Literal["qwen2", "bespoke_stratos", "numina_tir", "questions"] | None = Field(
+        None, description="What workflow/builtin.py makes."
+    )
+    options: dict[str, Any] = Field({}, description="Arguments of the builtin.")
+    path: str | None = Field(None, description="A folder or file on disk, copied as it is.")
+    licence: str = Field("unknown", description="Noted in source.json.")
+
+    @model_validator(mode="after")
+    def _matches_origin(self) -> "Source":
+        if getattr(self, self.origin) is None:
+            raise ValueError(f"origin is {self.origin}, so write {self.origin}: <value> too")
+        if self.path == "???":
+            raise ValueError("path is not set; give the recipe's data_dir, e.g. SET=data_dir=/folder")
+        if (self.builtin == "qwen2") != (self.into == "models") and self.origin == "builtin":
+            raise ValueError("builtin qwen2 is a model (into: models), the other builtins are data (into: raw)")
+        return self
+
+
+class Prepare(Section):
+    """One prepared data set: rows of one raw source in the pipeline's row schema."""
+
+    source: Name = Field(description="A data set under sources.")
+    files: str = Field("*", description="Glob of the parquet, jsonl or json files to read.")
+    format: Literal["bespoke_stratos", "numina_tir", "gsm8k", "math"]
+    tokenizer: Name = Field(description="The model under sources whose tokenizer counts the lengths.")
+    rows: int | None = Field(None, gt=0, description="Keep this many rows, drawn with the seed; null keeps all.")
+    max_prompt_length: int = Field(gt=0, description="Rows with a longer prompt are dropped (tokens).")
+    max_length: int = Field(gt=0, description="Rows with a longer prompt + completion are dropped (tokens).")
+    max_dropped_share: Fraction = Field(0.05, description="The stage fails when a larger share is dropped.")
+
+
+class Phase(Section):
+    """What SFT and GRPO have in common: where a model comes from and what it is trained on."""
+
+    start_from: Name = Field(description="A model under sources, or an earlier phase.")
+    dataset: Name = Field(description="A prepared data set.")
+    global_batch_size: int = Field(gt=0, description="Sequences per optimizer step, over all devices.")
+    trainer: dict[str, Any] = Field(description="Options of TRL's config class, by name.")
+
+
+class SFTPhase(Phase):
+    pass
+
+
+class GRPOPhase(Phase):
+    """global_batch_size counts completions: questions per step x num_generations."""
+
+    rewards: dict[str, float] = Field(min_length=1, description="Reward name in workflow/rewards.py: weight.")
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "GRPOPhase":
+        group = self.trainer.get("num_generations", 8)
+        if isinstance(group, int) and group > 0 and self.global_batch_size % group:
+            below = self.global_batch_size // group * group
+            near = [str(size) for size in (below, below + group) if size]
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not divisible by num_generations {group}; "
+                f"write {' or '.join(near)}"
+            )
+        return self
+
+
+class Generate(Section):
+    models: list[Name] = Field(min_length=1, description="The models to evaluate, in the order of the report.")
+
+
+class Task(Section):
+    """One benchmark; its questions are the prepared data set of the same name."""
+
+    answer: Literal["latex", "number"] = Field(description="How the final answer is read and compared.")
+    questions: int | None = Field(None, gt=0, description="The first n questions; null takes all.")
+    n_samples: int = Field(gt=0, description="Samples per question.")
+    temperature: float = Field(ge=0)
+    top_p: float = Field(gt=0, le=1)
+    max_tokens: int = Field(gt=0, description="Longest completion in tokens.")
+
+
+class Params(Section):
+    recipe: Name
+    seed: int = Field(ge=0)
+    data_dir: str | None = Field(None, description="The folder that the recipe's path sources lie in.")
+    system_prompt: str | None = Field(description="Put before every question; null keeps each row's own.")
+    sources: dict[Name, Source]
+    prepare: dict[Name, Prepare]
+    sft: dict[Name, SFTPhase]
+    grpo: dict[Name, GRPOPhase]
+    generate: Generate
+    tasks: dict[Name, Task] = Field(min_length=1)
+
+    @property
+    def phases(self) -> dict[str, Phase]:
+        """All training phases by name."""
+        return {**self.sft, **self.grpo}
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> "Params":
+        models = [name for name, source in self.sources.items() if source.into == "models"]
+        raw = [name for name, source in self.sources.items() if source.into == "raw"]
+        taken = [name for name in self.phases if name in models] + [name for name in self.sft if name in self.grpo]
+        if taken:
+            raise ValueError(f"{taken[0]} names two models; rename the phase")
+        for name, prepare in self.prepare.items():
+            _known(f"prepare.{name}.source", prepare.source, raw)
+            _known(f"prepare.{name}.tokenizer", prepare.tokenizer, models)
+        for kind in ("sft", "grpo"):
+            for name, phase in getattr(self, kind).items():
+                others = [other for other in self.phases if other != name]
+                _known(f"{kind}.{name}.start_from", phase.start_from, models + others)
+                _known(f"{kind}.{name}.dataset", phase.dataset, list(self.prepare))
+                _check_trainer(f"{kind}.{name}.trainer", phase.trainer, kind)
+        for name in self.phases:
+            seen = [name]
+            while seen[-1] in self.phases:
+                seen.append(self.phases[seen[-1]].start_from)
+                if seen[-1] in seen[:-1]:
+                    raise ValueError(f"start_from runs in a circle: {' -> '.join(seen)}; start one from a source")
+        for model in self.generate.models:
+            _known("generate.models", model, models + list(self.phases))
+        for task in self.tasks:
+            _known("tasks", task, list(self.prepare))
+        return self
+
+
+def _known(where: str, value: str, names: list[str]) -> None:
+    if value not in names:
+        raise ValueError(f"{where} is {value!r}, which is not defined; write one of: {', '.join(names)}")
+
+
+@cache
+def trainer_options(kind: Literal["sft", "grpo"]) -> dict[str, set[str]]:
+    """Names and plain types of the options of trl.SFTConfig or trl.GRPOConfig.
+
+    Read from the installed sources without importing them, because importing TRL imports torch (seconds) and
+    these checks run before anything else. An option whose type is not plain maps to an empty set.
+    """
+    roots = {package: Path(str(importlib.util.find_spec(package).origin)).parent for package in ("trl", "transformers")}
+    files = [
+        roots["transformers"] / "training_args.py",
+        roots["trl"] / "trainer" / "base_config.py",
+        roots["trl"] / "trainer" / f"{kind}_config.py",
+    ]
+    options = {}
+    for file in files:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name in (
+                "TrainingArguments",
+                "_BaseConfig",
+                f"{kind.upper()}Config",
+            ):
+                for field in node.body:
+                    if isinstance(field, ast.AnnAssign):
+                        names = set(ast.unparse(field.annotation).split(" | "))
+                        plain = names <= {"int", "float", "bool", "str", "None"}
+                        options[ast.unparse(field.target)] = names if plain else set()
+    return options
+
+
+def _check_trainer(where: str, trainer: dict[str, Any], kind: Literal["sft", "grpo"]) -> None:
+    options = trainer_options(kind)
+    for name, value in trainer.items():
+        if name in NOT_IN_TRAINER:
+            raise ValueError(f"{where}.{name} does not belong here: {NOT_IN_TRAINER[name]}")
+        if name not in options:
+            close = difflib.get_close_matches(name, options, 3)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"see trl.{kind.upper()}Config"
+            raise ValueError(f"{where}.{name} is not an option of trl.{kind.upper()}Config; {hint}")
+        wanted = options[name] | ({"int"} if "float" in options[name] else set())
+        given = "None" if value is None else type(value).__name__
+        if options[name] and given not in wanted:
+            raise ValueError(f"{where}.{name} is {value!r}; write a value of type {' or '.join(sorted(options[name]))}")
+
+
+def _one_sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    if first["type"] == "extra_forbidden":
+        section: Any = Params
+        for part in first["loc"][:-1]:
+            field = section.model_fields.get(part) if isinstance(section, type) else None
+            section = _section_of(field.annotation) if field else section
+        known = list(section.model_fields)
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        return f"{where} is not a known key; write {close[0] if close else 'one of: ' + ', '.join(known)}"
+    if first["type"] == "missing":
+        return f"{where} is missing; add it"
+    if first["type"] == "value_error":
+        text = str(first["ctx"]["error"])
+        return text if not where or text.startswith(where.split(".")[0] + ".") else f"{where}: {text}"
+    return f"{where} is {first['input']!r}; write what fits: {first['msg'].lower()}"
+
+
+def _section_of(annotation: Any) -> Any:
+    """The section class inside dict[Name, Section]."""
+    arguments = getattr(annotation, "__args__", ())
+    return arguments[-1] if arguments else annotation
+
+
+def read_params(path: Path = Path("params.yaml")) -> dict[str, Any]:
+    """The mapping in a params.yaml, read with YAML 1.2 as DVC does (so 1e-4 is a number)."""
+    from ruamel.yaml import YAML, YAMLError
+
+    if not path.is_file():
+        raise ParamsError(f"{path} does not exist; write it with: python -m workflow.compose recipe=tiny")
+    try:
+        data = YAML(typ="safe").load(path)
+    except YAMLError as error:
+        raise ParamsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ParamsError(
+            f"{path} must be a mapping of sections; write it with: python -m workflow.compose recipe=tiny"
+        )
+    return data
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        ParamsError: with one sentence that says where the mistake is and what to write.
+    """
+    try:
+        return Params.model_validate(read_params(path))
+    except ValidationError as error:
+        raise ParamsError(f"{path}: {_one_sentence(error)}") from None
+
+
+def main() -> None:
+    """Check params.yaml, the files it names and the hardware file, without running anything."""
+    from workflow.download import check_paths
+    from workflow.launch import check_batches, load_hardware
+
+    params = load_params()
+    check_paths(params)
+    check_batches(params, load_hardware())
+    print(f"params.yaml is sound: recipe {params.recipe}, phases {', '.join(params.phases)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

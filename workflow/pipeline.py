@@ -1,0 +1,82 @@
+"""dvc.yaml resolved for other runners: which stages there are, what each needs, and with which parameters.
+
+Pure: it reads dvc.yaml, params.yaml and pyproject.toml, takes no lock, never looks at dvc.lock or at data/.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of dvc.yaml after foreach, matrix and ${…} are resolved.
+
+    `name` is DVC's, e.g. `sft@cold_start`; `entry` is the part before the @; `upstream` are the names of the
+    stages whose outputs it reads; `files` are its other dependencies (code); `params` are values by key.
+    """
+
+    name: str
+    entry: str
+    command: str
+    upstream: tuple[str, ...]
+    files: tuple[str, ...]
+    outs: tuple[str, ...]
+    params: dict[str, Any]
+
+
+def load_stages(root: Path = Path()) -> dict[str, Stage]:
+    """Every stage of the pipeline by name, in the order of dvc.yaml."""
+    import yaml
+    from dvc.parsing import DataResolver
+    from dvc.repo import Repo
+
+    from workflow.params import read_params
+
+    definition = yaml.safe_load((root / "dvc.yaml").read_text())
+    resolved = DataResolver(Repo(str(root)), str(root), definition).resolve()["stages"]
+    values = {
+        "params.yaml": read_params(root / "params.yaml"),
+        "pyproject.toml": tomllib.loads((root / "pyproject.toml").read_text()),
+    }
+    outs = {
+        name: [*map(_path, stage["outs"]), *map(_path, stage.get("metrics", []))] for name, stage in resolved.items()
+    }
+    stages = {}
+    for name, stage in resolved.items():
+        deps = [_path(dep) for dep in stage.get("deps", [])]
+        upstream = {dep: [other for other in outs if any(_overlap(dep, out) for out in outs[other])] for dep in deps}
+        stages[name] = Stage(
+            name=name,
+            entry=name.partition("@")[0],
+            command=stage["cmd"],
+            upstream=tuple(dict.fromkeys(other for dep in deps for other in upstream[dep])),
+            files=tuple(dep for dep in deps if not upstream[dep]),
+            outs=tuple(outs[name]),
+            params=_params(stage.get("params", []), values),
+        )
+    return stages
+
+
+def _path(entry: str | dict[str, Any]) -> str:
+    """The path of a dependency or output, which may carry options."""
+    return entry if isinstance(entry, str) else next(iter(entry))
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one path is the other or lies inside it."""
+    return (one + "/").startswith(other + "/") or (other + "/").startswith(one + "/")
+
+
+def _params(entries: list[Any], values: dict[str, Any]) -> dict[str, Any]:
+    keys = []
+    for entry in entries:
+        keys += [("params.yaml", entry)] if isinstance(entry, str) else [(f, key) for f in entry for key in entry[f]]
+    found = {}
+    for file, key in keys:
+        value = values[file]
+        for part in key.split("."):
+            value = value[part]
+        found[f"{file}:{key}"] = value
+    return found

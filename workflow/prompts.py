@@ -1,0 +1,42 @@
+"""The taught format: a thought, then an answer, each between its tags on lines of their own."""
+
+import re
+from dataclasses import dataclass
+
+# Open-R1's system prompt, word for word; recipes that teach the format by reward alone put it before a question.
+R1_SYSTEM_PROMPT = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+    "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
+    "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
+    "i.e., <think> reasoning process here </think><answer> answer here </answer>"
+)
+
+END_OF_THOUGHT = "</think>"
+TAUGHT_FORMAT = re.compile(r"<think>\n(?P<thought>.*?)\n</think>\n<answer>\n(?P<answer>.*?)\n</answer>", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A completion in the taught format, taken apart."""
+
+    thought: str
+    answer: str
+
+
+def build(thought: str, answer: str) -> str:
+    """A completion in the taught format."""
+    return f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
+
+
+def parse(text: str) -> Completion | None:
+    """Take a completion apart; None unless the whole text is in the taught format, without anything around it.
+
+    Not even a newline may follow: the model has to stop after the answer.
+    """
+    match = TAUGHT_FORMAT.fullmatch(text)
+    return Completion(match["thought"], match["answer"]) if match else None
+
+
+def answer_part(text: str) -> str:
+    """What comes after the last `</think>`, or the whole text where there is none (a model that was not taught)."""
+    return text.rsplit(END_OF_THOUGHT, 1)[-1]
