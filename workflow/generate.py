@@ -2,6 +2,9 @@
 
 import argparse
 import os
+import sys
+import time
+from functools import partial
 from pathlib import Path
 
 from workflow import stage
@@ -22,9 +25,10 @@ def main() -> None:
     hardware = load_hardware()
 
     # One engine in this process: on a CPU it starts in 10 s instead of 33 s.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.update(hardware.environment, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from tqdm import tqdm
     from transformers import AutoConfig, AutoTokenizer
     from vllm import LLM, SamplingParams
 
@@ -43,14 +47,22 @@ def main() -> None:
             f"{args.model.name} is {context}; write max_tokens {task.max_tokens - needed + context} or less"
         )
     llm = LLM(
-        model=str(args.model), max_model_len=needed, enable_prefix_caching=True, seed=params.seed, **hardware.vllm
+        model=str(args.model),
+        max_model_len=needed,
+        enable_prefix_caching=True,
+        seed=params.seed,
+        use_tqdm_on_load=False,
+        **hardware.vllm,
     )
     # A request per sample: its seed says what it draws, whatever shares the batch with it.
     requests = [(question, sample) for question in range(len(questions)) for sample in range(task.n_samples)]
     seeds = [params.seed + question * task.n_samples + sample for question, sample in requests]
     sampling = {"temperature": task.temperature, "top_p": task.top_p, "max_tokens": task.max_tokens}
+    started = time.monotonic()
     answers = llm.generate(
-        [prompts[question] for question, _ in requests], [SamplingParams(**sampling, seed=seed) for seed in seeds]
+        [prompts[question] for question, _ in requests],
+        [SamplingParams(**sampling, seed=seed) for seed in seeds],
+        use_tqdm=partial(tqdm, mininterval=2, file=sys.stdout, ascii=True),
     )
     rows = [
         {
@@ -66,9 +78,11 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), args.output)
     tokens = sum(row["tokens"] for row in rows)
-    summary = f"{len(rows)} samples, {tokens / len(rows):.0f} tokens each"
+    speed = round(tokens / (time.monotonic() - started))
+    summary = f"{len(rows)} samples, {tokens / len(rows):.0f} tokens each, {speed} tokens/s"
     item = f"{args.model.name} {args.task}"
-    stage.record(args.log, "generate", item, ["torch", "transformers"], summary, samples=len(rows), tokens=tokens)
+    facts = {"samples": len(rows), "tokens": tokens, "tokens_per_second": speed}
+    stage.record(args.log, "generate", item, ["torch", "transformers"], summary, **facts)
 
 
 if __name__ == "__main__":

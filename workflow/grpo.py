@@ -22,6 +22,7 @@ def main() -> None:
     phase = params.grpo[args.phase]
 
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl import GRPOConfig, GRPOTrainer
 
     from workflow.launch import load_hardware
@@ -42,6 +43,7 @@ def main() -> None:
             processing_class=load_tokenizer(args.model),
             callbacks=[RunLog(f"grpo {args.phase}", args.log, ["reward", "completions/mean_length"])],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         facts = finish(trainer, args.output, args.log)
     if trainer.accelerator.is_main_process:

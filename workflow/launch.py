@@ -36,6 +36,7 @@ class Hardware(Section):
     per_device_batch: PerDeviceBatch
     trainer: dict[str, Any] = Field({}, description="Options of both trainers.")
     grpo_trainer: dict[str, Any] = Field({}, description="Options of GRPOTrainer: where rollouts are made.")
+    environment: dict[str, str] = Field({}, description="Environment variables of training and generation.")
     vllm: dict[str, Any] = Field({}, description="Arguments of vllm.LLM in generate.")
 
 
@@ -111,6 +112,7 @@ def main() -> None:
         sys.exit("usage: python -m workflow.launch {sft,grpo} PHASE … (the options of workflow.sft or workflow.grpo)")
     hardware = load_hardware()
     check_batches(load_params(), hardware)
+    os.environ.update(hardware.environment)
     os.environ["STAGE_STARTED"] = str(time.time())
     sys.exit(subprocess.run(command(hardware, arguments)).returncode)
 

@@ -6,6 +6,7 @@ Equal inputs give equal files, except for the git commit.
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import re
@@ -39,19 +40,19 @@ PANELS = {
     "sft": {
         "loss": "Loss",
         "mean_token_accuracy": "Token accuracy",
-        "entropy": "Entropy (nats per token)",
+        "entropy": "Entropy, nats per token",
         "grad_norm": "Gradient norm",
         "learning_rate": "Learning rate",
     },
     "grpo": {
         "reward": "Reward",
         "rewards/{}/mean": "Reward: {}",
-        "reward_std": "Reward, standard deviation",
-        "frac_reward_zero_std": "Groups without signal (share)",
-        "completions/mean_length": "Completion length (tokens)",
-        "completions/clipped_ratio": "Completions cut off (share)",
-        "entropy": "Entropy (nats per token)",
-        "kl": "KL to the start (nats per token)",
+        "reward_std": "Reward, spread in a group",
+        "frac_reward_zero_std": "Groups without signal",
+        "completions/mean_length": "Completion length, tokens",
+        "completions/clipped_ratio": "Completions cut off",
+        "entropy": "Entropy, nats per token",
+        "kl": "KL to the start, nats",
         "loss": "Loss",
         "grad_norm": "Gradient norm",
         "learning_rate": "Learning rate",
@@ -111,9 +112,8 @@ def memory(mib: float) -> str:
 def number(value: float) -> str:
     """A number of any size in at most four significant digits, for axis labels."""
     if value and not 1e-3 <= abs(value) < 1e5:
-        mantissa, exponent = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else f"{value:.2e}".split("e")
-        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-        return f"{mantissa}e{int(exponent)}".replace("-", MINUS)
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace("-", MINUS)
     return f"{value:.4g}".replace("-", MINUS)
 
 
@@ -228,6 +228,7 @@ def trained_phases(params: Params) -> list[str]:
 
 
 def step_between(params: Params, before: str, after: str) -> Step:
+    """The step to a model from one of its ancestors, named by the kinds of all phases between them."""
     chain = [after, *ancestors(params, after)]
     phases = chain[: chain.index(before)][::-1]
     return Step(before, after, " + ".join(KINDS[kind_of(params, phase)] for phase in phases))
@@ -264,7 +265,8 @@ def gain(step: Step, task: str, scores: dict, verdicts: dict) -> dict[str, Any]:
     from workflow.stats import paired_difference
 
     before, after = (score_matrix(verdicts[model, task]) for model in (step.before, step.after))
-    if list(before.index) != list(after.index):
+    asked = [scores[model, task]["questions_sha256"] for model in (step.before, step.after)]
+    if asked[0] != asked[1] or list(before.index) != list(after.index):
         raise stage.StageError(
             f"{step.before} and {step.after} were asked different questions in {task}; "
             "run generate and score again for both"
@@ -417,14 +419,13 @@ def pick_samples(params: Params, questions: Path, samples: Path, verdicts: dict)
             thoughts, answer = split_thoughts(answered.completion)
             picked.append(
                 {
-                    "task": task,
                     "id": row.id,
                     "sample": row.sample,
                     "question": shorten(asked[row.id]),
                     "thoughts": shorten(thoughts),
                     "answer": shorten(answer),
                     "extracted": row.extracted,
-                    "gold": row.gold,
+                    "gold": shorten(row.gold),
                     "correct": row.correct,
                     "strict": row.strict,
                     "reason": REASONS.get(row.reason, row.reason),
@@ -436,8 +437,11 @@ def pick_samples(params: Params, questions: Path, samples: Path, verdicts: dict)
 
 
 def split_thoughts(completion: str) -> tuple[str, str]:
-    """What stands in <think> and in <answer>, or else after it; ("", completion) where the thought does not end."""
-    thoughts, end, rest = completion.partition("</think>")
+    """What stands in <think> and in <answer>, or else after it; ("", completion) where the thought does not end.
+
+    The last </think> counts, as it does for the score stage.
+    """
+    thoughts, end, rest = completion.rpartition("</think>")
     if not end:
         return "", completion.strip()
     answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", rest, re.DOTALL)
@@ -504,7 +508,8 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
 
     The first is at or below low, the last at or above high, so they are the axis.
     """
-    if low == high:
+    # Equal up to the four digits of a label: a constant, drawn as a level line.
+    if math.isclose(low, high, rel_tol=1e-3):
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0, 1)
     rough = (high - low) / wanted
     power = 10 ** math.floor(math.log10(rough))
@@ -594,7 +599,8 @@ def forest_axis(gains: list[dict]) -> dict[str, float]:
 def headline(params: Params, scores: dict, gains: list[dict], logged: list[dict]) -> dict[str, float]:
     """metrics.json: flat, about ten numbers, the columns of `dvc exp show`.
 
-    One task: pass@1 of every model. Several: of the last model only, so that the table stays readable.
+    One task: pass@1 of every model. Several: of the last model only, so that the table stays readable. What is
+    claimed comes first, because a narrow terminal cuts the table off on the right.
     """
     last, step = params.generate.models[-1], last_step(params)
     one_task = len(params.tasks) == 1
@@ -603,11 +609,11 @@ def headline(params: Params, scores: dict, gains: list[dict], logged: list[dict]
         score = scores[last, task]
         shown = params.generate.models if one_task else [last]
         metrics |= {f"{task}.{model}": scores[model, task]["pass_at_1"] for model in shown}
-        metrics |= {f"{task}.{last}_{end}": score[f"pass_at_1_{end}"] for end in ("low", "high")}
         for row in gains:
             if step and (row["task"], row["before"], row["after"]) == (task, step.before, step.after):
                 metrics[f"{task}.gain"] = row["difference"]
                 metrics |= {f"{task}.gain_{end}": row[end] for end in ("low", "high")}
+        metrics |= {f"{task}.{last}_{end}": score[f"pass_at_1_{end}"] for end in ("low", "high")}
         if one_task:
             metrics |= {f"{task}.truncated": score["truncated"], f"{task}.mean_tokens": score["mean_tokens"]}
     metrics["seconds"] = sum(log["seconds"] for log in logged)
@@ -627,7 +633,8 @@ def running_steps(histories: dict[str, "pd.DataFrame"]) -> list["pd.DataFrame"]:
 
 
 def write_plots(params: Params, histories: dict[str, "pd.DataFrame"], scores: dict, folder: Path) -> None:
-    """The CSV files that `plots` in dvc.yaml names. A kind of phase the recipe lacks has no file: DVC skips the plot.
+    """The CSV files that `plots` in dvc.yaml names. A kind of phase that the recipe lacks, or that
+    logged nothing, has no file, and DVC skips its plots.
 
     sft.csv and grpo.csv: phase, step and the trainer's columns; rewards/<name>.csv: phase, step, value;
     accuracy.csv: label, task, model, pass_at_1, low, high.
@@ -635,7 +642,8 @@ def write_plots(params: Params, histories: dict[str, "pd.DataFrame"], scores: di
     import pandas as pd
 
     # Rewards of an older recipe must not be plotted again.
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True)
     wanted = {
         "sft": ["loss", "mean_token_accuracy"],
@@ -645,7 +653,9 @@ def write_plots(params: Params, histories: dict[str, "pd.DataFrame"], scores: di
         tables = running_steps({name: table for name, table in histories.items() if kind_of(params, name) == kind})
         if not tables:
             continue
-        table = pd.concat(tables, ignore_index=True)
+        table = pd.concat(tables, ignore_index=True).dropna(axis=1, how="all")
+        if table.empty:
+            continue
         kept = [column for column in columns if column in table]
         table[["phase", "step", *kept]].dropna().to_csv(folder / f"{kind}.csv", index=False)
         for column in table.columns:
@@ -701,8 +711,6 @@ def hub_ids(origins: list[str]) -> list[str]:
 
 def model_card(params: Params, scores: dict, sentences: list[str], logs: Path, questions: Path, commit: str) -> str:
     """README of the last model in the form the Hugging Face Hub reads: YAML front matter, then Markdown."""
-    import io
-
     from ruamel.yaml import YAML
 
     last = params.generate.models[-1]
@@ -742,8 +750,8 @@ def model_card(params: Params, scores: dict, sentences: list[str], logs: Path, q
         "",
         f"# {last} ({params.recipe})",
         "",
-        f"A reasoning model made by the recipe `{params.recipe}` of open-r1-pipeline (seed {params.seed}, "
-        f"commit `{commit}`): it thinks between `<think>` tags, then answers.",
+        f"A model trained to think between `<think>` tags before it answers, made by the recipe `{params.recipe}` "
+        f"of open-r1-pipeline (seed {params.seed}, commit `{commit}`).",
         "",
         *sentences,
         "",
@@ -840,7 +848,6 @@ def main() -> None:
         sentences=sentences,
         earlier=earlier,
         notes=notes(params, scores, verdicts, overlap),
-        scores=scores,
         gains=gains,
         axis=forest_axis(gains),
         bars=bars(params, scores),
@@ -860,7 +867,8 @@ def main() -> None:
         changed=changed,
     )
     (args.output / "report.html").write_text(html)
-    card = model_card(params, scores, sentences, args.logs, args.questions, commit)
+    code = f"{commit} with uncommitted changes" if changed else commit
+    card = model_card(params, scores, sentences, args.logs, args.questions, code)
     (args.output / "model_card.md").write_text(card)
     args.metrics.write_text(json.dumps(headline(params, scores, gains, logged), indent=2) + "\n")
     print(f"report: {' '.join(sentences)} ({args.output / 'report.html'})", flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from workflow import prompts
 from workflow.params import ParamsError
-from workflow.verify import Verifier
+from workflow.verify import Verifier, gold_text
 
 Completion = list[dict[str, str]]
 Reward = Callable[..., list[float | None]]
@@ -20,13 +20,14 @@ TAGS = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
 def accuracy_with(verifier: Verifier) -> Reward:
     """The accuracy reward: 1.0 where math-verify finds the answer equal to the gold `solution`, else 0.0.
 
-    None where the gold cannot be parsed. Verification runs in the verifier's killable processes.
+    None where the gold cannot be parsed or the comparison fails with an exception. Verification runs in the
+    verifier's killable processes.
     """
 
     def accuracy(completions: list[Completion], solution: list[str], **columns: Any) -> list[float | None]:
         answers = [judged_part(completion[0]["content"]) for completion in completions]
-        pairs = list(zip(solution, answers, strict=True))
-        return [None if v.correct is None else float(v.correct) for v in verifier.verify(pairs)]
+        verdicts = verifier.verify(list(zip(map(gold_text, solution), answers, strict=True)))
+        return [None if v.reason in ("gold_unparsed", "error") else float(v.correct is True) for v in verdicts]
 
     return accuracy
 

@@ -22,6 +22,7 @@ def main() -> None:
     phase = params.sft[args.phase]
 
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     from workflow.launch import load_hardware
@@ -38,6 +39,7 @@ def main() -> None:
             processing_class=load_tokenizer(args.model),
             callbacks=[RunLog(f"sft {args.phase}", args.log, ["loss", "mean_token_accuracy"])],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         facts = finish(trainer, args.output, args.log)
     if trainer.accelerator.is_main_process:

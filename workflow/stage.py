@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 import warnings
@@ -30,8 +31,11 @@ def quiet() -> None:
         VLLM_LOGGING_LEVEL="ERROR",
         VLLM_NO_USAGE_STATS="1",
         DVCLIVE_LOGLEVEL="ERROR",
+        TORCH_CPP_LOG_LEVEL="ERROR",
         TRL_EXPERIMENTAL_SILENCE="1",
     )
+    if shutil.which("nvidia-smi") is None:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns in every process that it found no GPU
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Accuracies with their error bars. Every score matrix is questions × samples, 1.0 where the answer is correct."""
+"""Accuracies with their error bars. Every score matrix is questions x samples, 1.0 where the answer is correct."""
 
 from dataclasses import dataclass
 

@@ -48,13 +48,18 @@ class Verifier:
     first call of `verify` and live until `close` or the end of the process. Not for use by several threads.
 
     Args:
-        workers: number of processes; one judges about 200 short answers per second.
+        workers: number of processes; one judges 500 to 1000 short answers per second.
         limit: seconds that one pair may take on the clock before its worker is killed.
         memory_mib: address space of one worker in MiB; more makes an answer "unparsed", "wrong" or "error".
         remembered: number of verdicts kept between calls; the least recently used is forgotten first.
+
+    Raises:
+        ValueError: memory_mib is less than a worker needs to start.
     """
 
     def __init__(self, workers: int = 1, limit: float = 5.0, memory_mib: int = 2048, remembered: int = 100_000) -> None:
+        if memory_mib < 512:
+            raise ValueError(f"memory_mib is {memory_mib}, too little for math-verify; write 512 or more")
         self.limit = limit
         self.remembered = remembered
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
@@ -84,7 +89,10 @@ class Verifier:
 
         Returns:
             n verdicts in the same order. An answer that is not read, takes too long ("timeout") or kills its
-            worker ("error") is not correct; it never raises.
+            worker ("error") is not correct; no text raises.
+
+        Raises:
+            ImportError: math-verify is not installed.
         """
         keys = [
             hashlib.blake2b(f"{len(gold)} {gold}{answer}".encode(), digest_size=16).digest() for gold, answer in pairs
@@ -97,6 +105,8 @@ class Verifier:
         for key, future in waiting.items():
             try:
                 judged[key] = future.result()
+            except ImportError:
+                raise  # math-verify is not installed: no answer can be judged
             except TimeoutError:
                 judged[key] = Verdict(False, "timeout", "")
             except Exception:
@@ -140,7 +150,6 @@ def _start_worker(memory_mib: int) -> None:
     sys.set_int_max_str_digits(0)  # long integers are bounded by the time limit, and compared instead of refused
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - math_verify prints what it cannot parse
     logging.disable(logging.CRITICAL)
-    import math_verify  # noqa: F401 - part of starting, not of the first answer's time
 
 
 @cache
