@@ -2,6 +2,10 @@
 
 The data sets have the schemas of the real ones, so the same prepare code runs. Which questions are held out is
 decided by a hash of the question, so training and evaluation can never share one.
+
+A share of the traces guesses instead of working the sum out. The guesses are right in the data, but a tiny model
+cannot learn them: after SFT it works half of the questions out and is mostly wrong on the others. What GRPO then
+has to find is that thinking pays.
 """
 
 import json
@@ -11,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from workflow.stage import StageError
+
 # ChatML with generation markers, so that a loss on the assistant alone can find it.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -19,28 +25,33 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Digits stand alone, the tags of the taught format are whole words, the rest is split as usual.
-WORDS = r"<think>\n|\n</think>\n<answer>\n\\boxed\{|\}\n</answer>|\d| ?[A-Za-z]+|[ \n]|[^\sA-Za-z\d]"
-TERMS = 3
+# transformers gives every tokenizer of a qwen2 model Qwen's own splitting, whatever was saved with it, so it has to
+# be this one: letters, single digits, punctuation, line breaks.
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The fixed strings of the taught format are one token each: fewer steps to generate, none of them to learn.
+FIXED_STRINGS = ["<think>\n", "\n</think>\n<answer>\n\\boxed{", "}\n</answer>", " + ", " - ", " = "]
+GUESS = "I see the answer at once."
 
 
 def terms(rng: random.Random) -> list[int]:
-    """A two-digit number and three signed single digits whose running total stays in 10…99."""
+    """A two-digit number and three signed digits up to 3, whose running total stays in 10…99: 18,524 are possible."""
     while True:
-        numbers = [rng.randint(10, 99)] + [rng.choice((1, -1)) * rng.randint(2, 9) for _ in range(TERMS)]
+        numbers = [rng.randint(10, 99)] + [rng.choice((1, -1)) * rng.randint(1, 3) for _ in range(3)]
         if all(10 <= sum(numbers[: i + 1]) <= 99 for i in range(len(numbers))):
             return numbers
 
 
 def question(numbers: list[int]) -> str:
-    """The question in words, e.g. `What is 43 + 8 - 5?`."""
+    """The question in words, e.g. `What is 43 + 2 - 3 + 1?`."""
     rest = "".join(f" {'+' if number > 0 else '-'} {abs(number)}" for number in numbers[1:])
     return f"What is {numbers[0]}{rest}?"
 
 
 def thought(numbers: list[int]) -> str:
-    """The running total, one step a line."""
-    lines = []
+    """The sum worked out: the running total, one step a line."""
+    lines = ["Step by step:"]
     for i, number in enumerate(numbers[1:], 1):
         total = sum(numbers[:i])
         lines.append(f"{total} {'+' if number > 0 else '-'} {abs(number)} = {total + number}")
@@ -49,6 +60,9 @@ def thought(numbers: list[int]) -> str:
 
 def examples(rows: int, held_out: bool, seed: int) -> Iterator[list[int]]:
     """`rows` different questions, either only held-out ones (one in ten) or only the others."""
+    most = 1_800 if held_out else 16_000
+    if rows > most:
+        raise StageError(f"a builtin data set has at most {most} rows; write rows: {most} or less")
     rng = random.Random(f"{seed}-{held_out}")
     seen: set[str] = set()
     while len(seen) < rows:
@@ -59,17 +73,20 @@ def examples(rows: int, held_out: bool, seed: int) -> Iterator[list[int]]:
             yield numbers
 
 
-def write_bespoke_stratos(output: Path, rows: int, seed: int, system_prompt: str | None) -> None:
-    """Traces in the schema of Bespoke-Stratos-17k, for SFT."""
-    write_jsonl(
-        output / "train.jsonl", (stratos_row(numbers, system_prompt) for numbers in examples(rows, False, seed))
+def write_bespoke_stratos(output: Path, rows: int, guesses: float, seed: int, system_prompt: str | None) -> None:
+    """Traces in the schema of Bespoke-Stratos-17k, for SFT; a share of `guesses` does not work the sum out."""
+    rng = random.Random(seed)
+    traces = (
+        stratos_row(numbers, GUESS if rng.random() < guesses else thought(numbers), system_prompt)
+        for numbers in examples(rows, False, seed)
     )
+    write_jsonl(output / "train.jsonl", traces)
 
 
-def stratos_row(numbers: list[int], system_prompt: str | None) -> dict[str, Any]:
-    """One Bespoke-Stratos row: thought and solution between the data set's own markers."""
+def stratos_row(numbers: list[int], thoughts: str, system_prompt: str | None) -> dict[str, Any]:
+    """One Bespoke-Stratos row: thoughts and solution between the data set's own markers."""
     response = (
-        f"<|begin_of_thought|>\n\n{thought(numbers)}\n\n<|end_of_thought|>\n\n"
+        f"<|begin_of_thought|>\n\n{thoughts}\n\n<|end_of_thought|>\n\n"
         f"<|begin_of_solution|>\n\n\\boxed{{{sum(numbers)}}}\n\n<|end_of_solution|>"
     )
     turns = [{"from": "user", "value": question(numbers)}, {"from": "assistant", "value": response}]
@@ -100,38 +117,37 @@ def write_jsonl(file: Path, rows: Iterator[dict[str, Any]]) -> None:
 
 
 def make_model(
-    output: Path, seed: int, system_prompt: str | None, vocab_size: int = 400, corpus: str | None = None, **shape: Any
+    output: Path, seed: int, system_prompt: str | None, vocab_size: int = 320, corpus: str | None = None, **shape: Any
 ) -> None:
     """An untrained Qwen2 of the given shape and a byte-level BPE tokenizer trained on the spot.
 
     Args:
-        corpus: a text file to train the tokenizer on; without it, the builtin questions and thoughts.
+        corpus: a text file to train the tokenizer on, beside the system prompt and the builtin thoughts.
         shape: arguments of transformers.Qwen2Config.
     """
     import torch
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    from workflow import prompts
-
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [f"system\n{system_prompt}user\nassistant\n"] * 100
-    for numbers in examples(2000, False, seed):
-        texts.append(question(numbers) + prompts.build(thought(numbers), f"\\boxed{{{sum(numbers)}}}"))
-    if corpus is not None:
-        texts += Path(corpus).read_text().splitlines()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words = ["system\nuser\nassistant\n", system_prompt or "", "What is ?", "Step by step:\n", GUESS]
+    lines = Path(corpus).read_text().splitlines() if corpus is not None else []
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size - len(FIXED_STRINGS),
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(words * 50 + lines, trainer)
+    tokenizer.add_tokens([AddedToken(string, normalized=False, special=False) for string in FIXED_STRINGS])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

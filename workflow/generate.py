@@ -2,14 +2,27 @@
 
 import argparse
 import os
-import sys
 import time
-from functools import partial
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from workflow import stage
 from workflow.launch import load_hardware
 from workflow.params import load_params
+
+
+class ProgressLines(tqdm):
+    """vLLM's progress bar as a line every few seconds, like the other stages' progress."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "mininterval": 5})
+
+    def display(self, *_: Any) -> None:
+        rate = self.format_dict["rate"]
+        if self.desc == "Processed prompts" and rate:
+            print(f"generate: {self.n}/{self.total}, ETA {stage.clock((self.total - self.n) / rate)}", flush=True)
 
 
 def main() -> None:
@@ -28,7 +41,6 @@ def main() -> None:
     os.environ.update(hardware.environment, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from tqdm import tqdm
     from transformers import AutoConfig, AutoTokenizer
     from vllm import LLM, SamplingParams
 
@@ -62,7 +74,7 @@ def main() -> None:
     answers = llm.generate(
         [prompts[question] for question, _ in requests],
         [SamplingParams(**sampling, seed=seed) for seed in seeds],
-        use_tqdm=partial(tqdm, mininterval=2, file=sys.stdout, ascii=True),
+        use_tqdm=ProgressLines,
     )
     rows = [
         {

@@ -1,6 +1,7 @@
 """What every stage does around its work: quiet libraries, one-sentence errors, and a record of what it cost."""
 
 import json
+import logging
 import os
 import platform
 import resource
@@ -34,6 +35,7 @@ def quiet() -> None:
         TORCH_CPP_LOG_LEVEL="ERROR",
         TRL_EXPERIMENTAL_SILENCE="1",
     )
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns before it has read VLLM_LOGGING_LEVEL
     if shutil.which("nvidia-smi") is None:
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns in every process that it found no GPU
 
@@ -103,10 +105,11 @@ class Progress:
             return
         self.last = now
         rate = (done - self.first) / (now - self.start) if now > self.start else 0
-        left = f", ETA {_clock((self.total - done) / rate)}" if rate else ""
+        left = f", ETA {clock((self.total - done) / rate)}" if rate else ""
         print(f"{self.label}: {done}/{self.total}{left}{', ' + note if note else ''}", flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, e.g. 2:05."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"

@@ -1,0 +1,122 @@
+"""The Snakefile draws the same DAG as dvc.yaml; checked in a copy of the working tree."""
+
+import fcntl
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+
+from workflow.pipeline import load_stages
+
+ROOT = Path(__file__).parents[2]
+STAMPS = ".scratch/stamps/"
+
+
+def call(folder: Path, environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def dry_run(folder: Path, environment: dict[str, str], *targets: str) -> list[dict[str, str]]:
+    """The jobs of `snakemake -n` in order: rule, input, output, wildcards, …"""
+    done = call(folder, environment, "snakemake", "--dry-run", "--cores", "1", *targets)
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = []
+    for block in re.split(r"^(?:local)?rule ", done.stdout + done.stderr, flags=re.MULTILINE)[1:]:
+        name, *lines = block.split("\n")
+        fields = dict(line.strip().split(": ", 1) for line in lines if re.match(r" {4}[a-z]+: ", line))
+        jobs.append({"rule": name.rstrip(":"), **fields})
+    return jobs
+
+
+def stamps(field: str) -> list[str]:
+    """The stages whose stamps are in a field of a job."""
+    return [path.removeprefix(STAMPS) for path in field.split(", ") if path.startswith(STAMPS)]
+
+
+def test_one_rule_per_entry(checkout, environment):
+    done = call(checkout, environment, "snakemake", "--list-rules")
+    assert done.returncode == 0, done.stderr
+    entries = dict.fromkeys(stage.entry for stage in load_stages(checkout).values())
+    assert sorted(done.stdout.split()) == sorted([*entries, "all"])
+
+
+def test_jobs_are_the_stages_in_order(checkout, environment):
+    stages = load_stages(checkout)
+    jobs = dry_run(checkout, environment)
+    assert jobs.pop()["rule"] == "all"
+    order = [job["wildcards"].removeprefix("stage=") for job in jobs]
+    assert sorted(order) == sorted(stages) and len(order) > 10
+    for job, name in zip(jobs, order, strict=True):
+        assert job["rule"] == stages[name].entry
+        # A stamp is all that a job makes: Snakemake deletes what a failed job made.
+        assert job["output"] == STAMPS + name
+        assert sorted(stamps(job["input"])) == sorted(stages[name].upstream)
+        assert all(order.index(upstream) < order.index(name) for upstream in stages[name].upstream)
+        code = [path for path in job["input"].split(", ") if not path.startswith(STAMPS)]
+        assert sorted(code) == sorted(stages[name].files) and all(path.startswith("workflow/") for path in code)
+
+
+def test_upstream_is_what_dvc_says(checkout):
+    """Our reading of dvc.yaml against DVC's own graph."""
+    graph = Repo(str(checkout)).index.graph
+    theirs = {stage.addressing: {other.addressing for other in graph.successors(stage)} for stage in graph}
+    assert {name: set(stage.upstream) for name, stage in load_stages(checkout).items()} == theirs
+
+
+def test_parsing_reads_no_lock_file(checkout, environment):
+    before = dry_run(checkout, environment)
+    (checkout / "dvc.lock").write_text("{garbage: [")
+    assert dry_run(checkout, environment) == before
+
+
+def test_parsing_takes_no_lock(checkout, environment):
+    with Repo(str(checkout)).lock:
+        with (checkout / ".dvc/tmp/lock").open("a") as handle, pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is held
+        assert len(dry_run(checkout, environment)) > 10
+        assert not (checkout / ".dvc/tmp/rwlock").exists()
+
+
+def test_lint(checkout, environment):
+    done = call(checkout, environment, "snakemake", "--lint")
+    assert done.returncode == 0, done.stderr
+    assert "Congratulations" in done.stdout + done.stderr
+
+
+def test_format(checkout, environment):
+    files = [file for file in ("Snakefile", "workflow/rules") if (checkout / file).exists()]
+    done = call(checkout, environment, "snakefmt", "--check", *files)
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_parameter_runs_the_rule_again(checkout, environment):
+    """Only those whose parameters it is among, and what comes after them."""
+    (checkout / ".scratch/stamps").mkdir(parents=True)
+    touched = call(checkout, environment, "snakemake", "--touch", "--cores", "1", "--quiet", "all")
+    if touched.returncode:  # --touch needs files that exist
+        pytest.fail(touched.stderr)
+
+
+@pytest.mark.parametrize("name", ["download@arithmetic"])
+def test_a_job_runs_the_stage_with_dvc(checkout, environment, name):
+    done = call(checkout, environment, "snakemake", "--cores", "1", STAMPS + name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (checkout / STAMPS / name).is_file()
+    assert (checkout / "data/raw/arithmetic/source.json").is_file()
+    assert "download arithmetic: " in (checkout / f".scratch/logs/{name}.log").read_text()
+    assert dry_run(checkout, environment, STAMPS + name) == []
+    # Snakemake leaves nothing in the output, so DVC finds it as it made it.
+    status = call(checkout, environment, "dvc", "status", name)
+    assert "up to date" in status.stdout, status.stdout + status.stderr
+
+
+def test_a_job_that_fails_leaves_no_stamp(checkout, environment):
+    name = "download@arithmetic"
+    params = checkout / "params.yaml"
+    params.write_text(params.read_text().replace("seed: 42", "seed: fortytwo"))
+    done = call(checkout, environment, "snakemake", "--cores", "1", STAMPS + name)
+    assert done.returncode != 0
+    assert not (checkout / STAMPS / name).exists()
+    assert "error: params.yaml: seed is 'fortytwo'" in (checkout / f".scratch/logs/{name}.log").read_text()
