@@ -16,8 +16,8 @@ from workflow.params import load_params
 class ProgressLines(tqdm):
     """vLLM's progress bar as a line every few seconds, like the other stages' progress."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{**options, "mininterval": 5})
+    def __init__(self, *iterable: Any, **options: Any) -> None:
+        super().__init__(*iterable, **{**options, "mininterval": 5})
 
     def display(self, *_: Any) -> None:
         rate = self.format_dict["rate"]

@@ -23,6 +23,8 @@ STAGES = load_stages(ROOT)
 RECIPES = sorted(file.stem for file in (ROOT / "recipes/recipe").glob("*.yaml"))
 HARDWARE = sorted(file.stem for file in (ROOT / "workflow/hardware").glob("*.yaml"))
 
+pytestmark = pytest.mark.filterwarnings("ignore:The version_base parameter", "ignore::DeprecationWarning:dvc")
+
 
 def body(entry: str) -> dict[str, Any]:
     """The stage under foreach or matrix, or the plain one."""
