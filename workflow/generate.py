@@ -19,7 +19,7 @@ class ProgressLines(tqdm):
     def __init__(self, *iterable: Any, **options: Any) -> None:
         super().__init__(*iterable, **{**options, "mininterval": 5})
 
-    def display(self, *_: Any) -> None:
+    def display(self, *_: Any, **__: Any) -> None:
         rate = self.format_dict["rate"]
         if self.desc == "Processed prompts" and rate:
             print(f"generate: {self.n}/{self.total}, ETA {stage.clock((self.total - self.n) / rate)}", flush=True)
