@@ -132,8 +132,11 @@ def gold_text(solution: str) -> str:
 
 
 def number(text: str) -> Decimal | None:
-    """The number that is all of the text, but for commas, a dollar sign and a period at the end; else None."""
-    plain = text.strip().removesuffix(".").replace("$", "", 1)
+    """The number that is all of the text, but for commas, a dollar sign, `\\boxed{}` and a final period; else None."""
+    plain = text.strip().removesuffix(".")
+    if plain.startswith("\\boxed{") and plain.endswith("}"):
+        plain = plain.removeprefix("\\boxed{").removesuffix("}")
+    plain = plain.replace("$", "", 1)
     return Decimal(plain.replace(",", "")) if NUMBER.fullmatch(plain) else None
 
 

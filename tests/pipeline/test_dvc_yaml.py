@@ -210,13 +210,14 @@ def test_recipe_composes_validates_and_resolves(recipe, checkout, tmp_path, monk
     params = load_params(checkout / "params.yaml")
     assert params.recipe == recipe
 
-    paths = [Path(source.path) for source in params.sources.values() if source.path is not None]
+    corpora = [source.options["corpus"] for source in params.sources.values() if "corpus" in source.options]
+    paths = [Path(p) for p in [*(source.path for source in params.sources.values() if source.path), *corpora]]
     assert bool(paths) == needs_data
     for path in paths:
         assert path.is_relative_to(folder)
         with pytest.raises(ParamsError, match="does not exist"):
             check_paths(params)
-        path.mkdir(parents=True) if not path.suffix else path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
         if path.suffix:
             path.touch()
     check_paths(params)

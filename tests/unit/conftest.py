@@ -15,7 +15,7 @@ seed: 42
 system_prompt: Think.
 sources:
   base: {into: models, origin: builtin, builtin: qwen2}
-  traces: {into: raw, origin: builtin, builtin: bespoke_stratos, options: {rows: 10}}
+  traces: {into: raw, origin: builtin, builtin: bespoke_stratos, options: {rows: 10, guesses: 0.5}}
   problems: {into: raw, origin: path, path: problems.jsonl, licence: MIT}
 prepare:
   traces: {source: traces, format: bespoke_stratos, tokenizer: base, max_prompt_length: 60, max_length: 200}

@@ -7,6 +7,7 @@ import pytest
 
 from workflow import builtin, prompts
 from workflow.prepare import FORMATS
+from workflow.stage import StageError
 
 WRITERS = {
     "bespoke_stratos": (builtin.write_bespoke_stratos, "train.jsonl"),
@@ -15,16 +16,17 @@ WRITERS = {
 }
 
 
-def write(folder: Path, form: str, rows: int = 300, seed: int = 42) -> list[dict[str, Any]]:
+def write(folder: Path, form: str, rows: int = 300, seed: int = 42, **more: Any) -> list[dict[str, Any]]:
     writer, name = WRITERS[form]
     folder.mkdir(exist_ok=True)
-    writer(folder, rows=rows, seed=seed, system_prompt="Think.")
+    options = {"guesses": 0.25} if form == "bespoke_stratos" else {}
+    writer(folder, rows=rows, seed=seed, system_prompt="Think.", **(options | more))
     assert [file.name for file in folder.iterdir()] == [name]
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def value(text: str) -> int:
-    """`What is 43 + 8 - 5?` or `43 + 8 - 5`, computed here."""
+    """`What is 43 + 2 - 3?` or `43 + 2`, computed here."""
     total = 0
     for sign, number in re.findall(r"([+-]?) ?(\d+)", text):
         total += -int(number) if sign == "-" else int(number)
@@ -34,7 +36,8 @@ def value(text: str) -> int:
 def check_thought(thought: str, question: str) -> None:
     """Every line is right, starts from the last total, and the last total answers the question."""
     before = int(re.search(r"\d+", question)[0])
-    lines = thought.split("\n")
+    start, *lines = thought.split("\n")
+    assert start == "Step by step:"
     for line in lines:
         left, right = line.split(" = ")
         assert value(left) == int(right)
@@ -42,12 +45,13 @@ def check_thought(thought: str, question: str) -> None:
         assert 10 <= int(right) <= 99
         before = int(right)
     assert before == value(question)
-    assert len(lines) == builtin.TERMS
+    assert len(lines) == question.count(" + ") + question.count(" - ") == 3
 
 
 def test_bespoke_stratos(tmp_path):
     rows = write(tmp_path, "bespoke_stratos")
     assert len(rows) == 300
+    guesses = 0
     for row in rows:
         assert list(row) == ["system", "conversations"] and row["system"] == "Think."
         assert [(list(turn), turn["from"]) for turn in row["conversations"]] == [
@@ -57,7 +61,17 @@ def test_bespoke_stratos(tmp_path):
         made = FORMATS["bespoke_stratos"](row)
         taught = prompts.parse(made.completion)
         assert taught.answer == f"\\boxed{{{value(made.question)}}}"
-        check_thought(taught.thought, made.question)
+        if taught.thought == builtin.GUESS:
+            guesses += 1
+        else:
+            check_thought(taught.thought, made.question)
+    assert 50 < guesses < 100  # a quarter
+
+
+@pytest.mark.parametrize(("share", "count"), [(0, 0), (1, 100)])
+def test_guesses(tmp_path, share, count):
+    rows = write(tmp_path, "bespoke_stratos", rows=100, guesses=share)
+    assert sum(builtin.GUESS in row["conversations"][1]["value"] for row in rows) == count
 
 
 def test_numina_tir(tmp_path):
@@ -95,9 +109,9 @@ def test_held_out_questions_are_never_trained_on(tmp_path):
     """Whatever the seeds: a question is held out or not by itself."""
 
     def questions(form: str, seed: int) -> set[str]:
-        rows = write(tmp_path / f"{form}{seed}", form, rows=3000, seed=seed)
-        found = {FORMATS[form](row).question for row in rows}
-        assert len(found) == 3000
+        count = 1_800 if form == "math" else 16_000  # the most there are
+        found = {FORMATS[form](row).question for row in write(tmp_path / f"{form}{seed}", form, count, seed)}
+        assert len(found) == count
         return found
 
     held_out = questions("math", 1) | questions("math", 2)
@@ -106,6 +120,12 @@ def test_held_out_questions_are_never_trained_on(tmp_path):
     # The two sides are alike but for the split: answers lie in the same range, in the same proportions.
     means = [sum(map(value, found)) / len(found) for found in (held_out, trained)]
     assert abs(means[0] - means[1]) < 2
+
+
+@pytest.mark.parametrize(("form", "most"), [("math", 1_800), ("numina_tir", 16_000), ("bespoke_stratos", 16_000)])
+def test_more_rows_than_there_are_questions(tmp_path, form, most):
+    with pytest.raises(StageError, match=f"at most {most} rows; write rows: {most} or less"):
+        write(tmp_path, form, rows=most + 1)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -175,14 +195,13 @@ def test_special_tokens_are_one_token_each(tokenizer):
         assert tokenizer.tokenize(f"a{token}b") == ["a", token, "b"]
 
 
-def test_digits_stand_alone(tokenizer):
-    assert [token for token in tokenizer.tokenize("What is 43 + 8?") if token.strip("Ġ").isdigit()] == ["4", "3", "8"]
-
-
-def test_the_tags_cost_few_tokens(tokenizer):
-    """Every completion carries them, so they decide how long a training step takes."""
-    assert len(tokenizer.tokenize(prompts.build("", r"\boxed{}"))) <= 6
-    assert len(tokenizer.tokenize(prompts.build("43 + 8 = 51", r"\boxed{51}"))) <= 6 + 14
+def test_fixed_strings_are_one_token_each(tokenizer):
+    """Every completion carries them, so they decide how long a training step takes; digits stand alone."""
+    assert len(tokenizer.tokenize(prompts.build("43 + 8 = 51", r"\boxed{51}"))) == 3 + 7 + 2
+    assert builtin.FIXED_STRINGS
+    for string in builtin.FIXED_STRINGS:
+        ids = tokenizer(f"1{string}2")["input_ids"]
+        assert len(ids) == 3 and tokenizer.decode(ids, skip_special_tokens=True) == f"1{string}2"
 
 
 def test_what_was_trained_is_what_is_loaded(tokenizer, tiny_model):

@@ -46,7 +46,7 @@ def message(path: Path) -> str:
 def test_sound_params_are_typed_and_frozen(sound, write_params):
     params = load_params(write_params(sound))
     assert params.sft["cold_start"].trainer["learning_rate"] == 0.003
-    assert params.sources["traces"].options == {"rows": 10}
+    assert params.sources["traces"].options == {"rows": 10, "guesses": 0.5}
     assert params.prepare["problems"].max_dropped_share == 0.05
     assert list(params.phases) == ["cold_start", "reasoning"]
     with pytest.raises(ValueError, match="frozen"):
@@ -174,8 +174,9 @@ def test_a_group_has_two_or_more(sound, write_params, size):
     ("source", "options", "near"),
     [
         ("base", {"hidden_siez": 8}, "hidden_size"),
-        ("traces", {"row": 10}, "rows"),
-        ("traces", {"rows": "many"}, "rows"),
+        ("traces", {"row": 10, "guesses": 0.5}, "rows"),
+        ("traces", {"rows": "many", "guesses": 0.5}, "rows"),
+        ("traces", {"rows": 10, "guesses": 0.5, "hidden_size": 8}, "guesses"),
         ("traces", {}, "rows"),
     ],
 )
@@ -259,6 +260,16 @@ def test_data_path_that_does_not_exist(sound, write_params, tmp_path):
         check_paths(params)
     assert f"sources.problems.path is '{tmp_path}/problems.jsonl', which does not exist; write an" in str(error.value)
     (tmp_path / "problems.jsonl").touch()
+    check_paths(params)
+
+
+def test_corpus_of_the_tokenizer_that_does_not_exist(sound, write_params, tmp_path):
+    sound["sources"]["problems"]["path"] = str(tmp_path)
+    sound["sources"]["base"]["options"] = {"corpus": str(tmp_path / "corpus.txt")}
+    params = load_params(write_params(sound))
+    with pytest.raises(ParamsError, match=r"sources\.base\.options\.corpus is .* which does not exist; write"):
+        check_paths(params)
+    (tmp_path / "corpus.txt").touch()
     check_paths(params)
 
 
