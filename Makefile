@@ -44,11 +44,11 @@ test: install ## Run every test (about 15 minutes on 2 cores)
 lint: install ## ruff, snakefmt and snakemake --lint
 	ruff check
 	ruff format --check
-	snakefmt --check Snakefile workflow/rules
+	snakefmt --check Snakefile
 	snakemake --lint
 
 bench: install ## Measure the stages beside the same calls written as bare scripts
-	python -m bench.overhead
+	python bench/overhead.py
 
 lock: install ## Resolve requirements/{cpu,gpu}.txt again from pyproject.toml; UV_OPTIONS=… for indexes of your own
 	$(COMPILE) --extra gpu --output-file requirements/gpu.txt

@@ -1,4 +1,4 @@
-"""Ask a trained model: `python -m workflow.chat "What is 43 + 8 - 5?"`, or without a question for a prompt."""
+"""Ask a trained model: `python -m workflow.chat "What is 43 + 2 - 3 + 1?"`, or without a question for a prompt."""
 
 import argparse
 import sys

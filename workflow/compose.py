@@ -5,20 +5,25 @@ would run with.
 """
 
 import sys
+import warnings
 from pathlib import Path
+
+RECIPES = Path("recipes")
 
 
 def main() -> None:
     from dvc.utils.hydra import compose_and_dump
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-    recipes = Path("recipes").resolve()
+    warnings.simplefilter("ignore")  # DVC passes Hydra an argument that will go away
     try:
-        compose_and_dump("params.yaml", str(recipes), None, "config", "", sys.argv[1:])
+        compose_and_dump("params.yaml", str(RECIPES.resolve()), None, "config", "", sys.argv[1:])
+    except InterpolationToMissingValueError:
+        sys.exit('error: this recipe reads local files: write SET="data_dir=/folder" (or data_dir=/folder) too')
     except (HydraException, OmegaConfBaseException) as error:
-        names = ", ".join(sorted(file.stem for file in (recipes / "recipe").glob("*.yaml")))
-        sys.exit(f"error: {str(error).splitlines()[0]} (recipes: {names})")
+        names = ", ".join(sorted(file.stem for file in (RECIPES / "recipe").glob("*.yaml")))
+        sys.exit(f"error: {' '.join(str(error).splitlines()[:2])} (recipes: {names})")
 
 
 if __name__ == "__main__":

@@ -11,17 +11,18 @@ import shutil
 from pathlib import Path
 
 from workflow import stage
-from workflow.params import Params, ParamsError, Source, load_params
+from workflow.params import Params, ParamsError, Source, load_params, pick
 
 
 def check_paths(params: Params) -> None:
     """Raise ParamsError when a path source names something that is not on disk."""
     for name, source in params.sources.items():
-        if source.path is not None and not Path(source.path).exists():
-            raise ParamsError(
-                f"params.yaml: sources.{name}.path is {source.path!r}, which does not exist; write an existing "
-                "file or folder (recipes that take data_dir: SET=data_dir=/folder)"
-            )
+        for key, path in (("path", source.path), ("options.corpus", source.options.get("corpus"))):
+            if path is not None and not Path(path).exists():
+                raise ParamsError(
+                    f"params.yaml: sources.{name}.{key} is {path!r}, which does not exist; write an existing "
+                    "file or folder (recipes that take data_dir: SET=data_dir=/folder)"
+                )
 
 
 def bring(source: Source, seed: int, system_prompt: str | None, output: Path) -> None:
@@ -59,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     params = load_params()
     check_paths(params)
-    source = params.sources[args.name]
+    source = pick(params.sources, args.name, "sources")
     bring(source, params.seed, params.system_prompt, args.output)
     files = checksums(args.output)
     if not files:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from workflow import stage
 from workflow.launch import load_hardware
-from workflow.params import load_params
+from workflow.params import load_params, pick
 
 
 class ProgressLines(tqdm):
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True)
     args = parser.parse_args()
     params = load_params()
-    task = params.tasks[args.task]
+    task = pick(params.tasks, args.task, "tasks")
     hardware = load_hardware()
 
     # One engine in this process: on a CPU it starts in 10 s instead of 33 s.

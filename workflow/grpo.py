@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from workflow import stage
-from workflow.params import load_params
+from workflow.params import load_params, pick
 
 LIBRARIES = ["accelerate", "torch", "transformers", "trl"]
 
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True)
     args = parser.parse_args()
     params = load_params()
-    phase = params.grpo[args.phase]
+    phase = pick(params.grpo, args.phase, "grpo")
 
     from datasets import Dataset
     from transformers import PrinterCallback

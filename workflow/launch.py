@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from workflow import stage
-from workflow.params import Params, ParamsError, Section, load_params
+from workflow.params import Params, ParamsError, Section, load_params, one_sentence
 
 HERE = Path(__file__).parent
 
@@ -67,10 +67,15 @@ def load_hardware() -> Hardware:
         known = ", ".join(sorted(file.stem for file in (HERE / "hardware").glob("*.yaml")))
         raise ParamsError(f"HARDWARE is {name!r}; write one of: {known}, or the path of a .yaml file")
     try:
-        return Hardware.model_validate(yaml.safe_load(path.read_text()))
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ParamsError(f"{path} must be a mapping; start from a copy of {HERE / 'hardware' / 'cpu.yaml'}")
+    try:
+        return Hardware.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ParamsError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+        raise ParamsError(f"{path}: {one_sentence(error, Hardware)}") from None
 
 
 def divide(global_batch: int, processes: int, most: int) -> tuple[int, int] | None:
@@ -108,8 +113,12 @@ def command(hardware: Hardware, arguments: list[str]) -> list[str]:
 
 def main() -> None:
     arguments = sys.argv[1:]
+    usage = "usage: python -m workflow.launch {sft,grpo} PHASE … (the options of workflow.sft or workflow.grpo)"
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(usage)
+        return
     if not arguments or arguments[0] not in ("sft", "grpo"):
-        sys.exit("usage: python -m workflow.launch {sft,grpo} PHASE … (the options of workflow.sft or workflow.grpo)")
+        sys.exit(usage)
     hardware = load_hardware()
     check_batches(load_params(), hardware)
     os.environ.update(hardware.environment)

@@ -10,11 +10,12 @@ import importlib.util
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", description="A name that is also a folder.")]
+T = TypeVar("T")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 # Set by the pipeline or by the hardware file: written into params.yaml, they would change the cache key of
@@ -28,6 +29,11 @@ NOT_IN_TRAINER = {
     "reward_weights": "write the weights beside the names in rewards",
     "use_vllm": "the hardware file decides how rollouts are generated",
     "use_cpu": "the hardware file decides where it runs",
+    "dataloader_pin_memory": "the hardware file decides where it runs",
+    "vllm_mode": "the hardware file decides how rollouts are generated",
+    "vllm_gpu_memory_utilization": "the hardware file decides how rollouts are generated",
+    "disable_tqdm": "progress is printed as lines",
+    "logging_nan_inf_filter": "a loss that is not a number is always logged as it is",
     "report_to": "metrics are always logged with DVCLive",
     "push_to_hub": "nothing is published by a stage",
 }
@@ -39,6 +45,35 @@ class ParamsError(ValueError):
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Qwen2(Section):
+    """Options of builtin qwen2; what is not written is transformers.Qwen2Config's."""
+
+    vocab_size: int = Field(320, gt=270, description="Tokens, the 256 bytes among them.")
+    corpus: str | None = Field(None, description="A text file to train the tokenizer on.")
+    hidden_size: int = Field(4096, gt=0)
+    intermediate_size: int = Field(22016, gt=0)
+    num_hidden_layers: int = Field(32, gt=0)
+    num_attention_heads: int = Field(32, gt=0)
+    num_key_value_heads: int = Field(32, gt=0)
+    max_position_embeddings: int = Field(32768, gt=0)
+    initializer_range: float = Field(0.02, gt=0)
+
+
+class Rows(Section):
+    """Options of builtin numina_tir and questions."""
+
+    rows: int = Field(gt=0)
+
+
+class Traces(Rows):
+    """Options of builtin bespoke_stratos."""
+
+    guesses: Fraction = Field(description="Share of the traces that do not work the sum out.")
+
+
+OPTIONS: dict[str, type[Section]] = {"qwen2": Qwen2, "bespoke_stratos": Traces, "numina_tir": Rows, "questions": Rows}
 
 
 class Source(Section):
@@ -61,6 +96,11 @@ class Source(Section):
             raise ValueError("path is not set; give the recipe's data_dir, e.g. SET=data_dir=/folder")
         if (self.builtin == "qwen2") != (self.into == "models") and self.origin == "builtin":
             raise ValueError("builtin qwen2 is a model (into: models), the other builtins are data (into: raw)")
+        if self.builtin is not None:
+            try:
+                OPTIONS[self.builtin].model_validate(self.options)
+            except ValidationError as error:
+                raise ValueError(f"options.{one_sentence(error, OPTIONS[self.builtin])}") from None
         return self
 
 
@@ -93,12 +133,16 @@ class SFTPhase(Phase):
 class GRPOPhase(Phase):
     """global_batch_size counts completions: questions per step x num_generations."""
 
-    rewards: dict[str, float] = Field(min_length=1, description="Reward name in workflow/rewards.py: weight.")
+    rewards: dict[Literal["accuracy", "format", "tag_count"], float] = Field(
+        min_length=1, description="Name of a reward in workflow/rewards.py: its weight."
+    )
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "GRPOPhase":
         group = self.trainer.get("num_generations", 8)
-        if isinstance(group, int) and group > 0 and self.global_batch_size % group:
+        if isinstance(group, int) and group < 2:
+            raise ValueError(f"trainer.num_generations is {group}; write 2 or more")
+        if isinstance(group, int) and self.global_batch_size % group:
             below = self.global_batch_size // group * group
             near = [str(size) for size in (below, below + group) if size]
             raise ValueError(
@@ -169,6 +213,13 @@ class Params(Section):
         return self
 
 
+def pick(items: dict[str, T], name: str, section: str) -> T:
+    """The item of a section of params.yaml that a command line names; raises ParamsError when there is none."""
+    if name not in items:
+        raise ParamsError(f"{name!r} is not under {section} in params.yaml; write one of: {', '.join(items)}")
+    return items[name]
+
+
 def _known(where: str, value: str, names: list[str]) -> None:
     if value not in names:
         raise ValueError(f"{where} is {value!r}, which is not defined; write one of: {', '.join(names)}")
@@ -218,15 +269,14 @@ def _check_trainer(where: str, trainer: dict[str, Any], kind: Literal["sft", "gr
             raise ValueError(f"{where}.{name} is {value!r}; write a value of type {' or '.join(sorted(options[name]))}")
 
 
-def _one_sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
+def one_sentence(error: ValidationError, root: type[Section]) -> str:
+    """Where the first mistake is, and what to write; `root` is the section that was validated."""
+    errors = error.errors()
+    # A misspelt key is also a missing one, and the misspelling says more.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     where = ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "extra_forbidden":
-        section: Any = Params
-        for part in first["loc"][:-1]:
-            field = section.model_fields.get(part) if isinstance(section, type) else None
-            section = _section_of(field.annotation) if field else section
-        known = list(section.model_fields)
+        known = list(_section_at(root, first["loc"][:-1]).model_fields)
         close = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
         return f"{where} is not a known key; write {close[0] if close else 'one of: ' + ', '.join(known)}"
     if first["type"] == "missing":
@@ -237,10 +287,15 @@ def _one_sentence(error: ValidationError) -> str:
     return f"{where} is {first['input']!r}; write what fits: {first['msg'].lower()}"
 
 
-def _section_of(annotation: Any) -> Any:
-    """The section class inside dict[Name, Section]."""
-    arguments = getattr(annotation, "__args__", ())
-    return arguments[-1] if arguments else annotation
+def _section_at(section: Any, path: tuple[str | int, ...]) -> type[Section]:
+    """The section class at a path; below a dict[Name, Section] the next part is the item's name."""
+    parts = iter(path)
+    for part in parts:
+        annotation = section.model_fields[part].annotation
+        section = get_args(annotation)[-1] if get_args(annotation) else annotation
+        if get_origin(annotation) is dict:
+            next(parts)
+    return section
 
 
 def read_params(path: Path = Path("params.yaml")) -> dict[str, Any]:
@@ -269,7 +324,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     try:
         return Params.model_validate(read_params(path))
     except ValidationError as error:
-        raise ParamsError(f"{path}: {_one_sentence(error)}") from None
+        raise ParamsError(f"{path}: {one_sentence(error, Params)}") from None
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflow import prompts, stage
-from workflow.params import load_params
+from workflow.params import load_params, pick
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ FORMATS = {"bespoke_stratos": bespoke_stratos, "numina_tir": numina_tir, "gsm8k"
 
 def read_rows(folder: Path, pattern: str) -> Iterator[Any]:
     """Every row of the parquet, jsonl and json files in `folder` that match `pattern`, in name order."""
-    import pyarrow.parquet as pq
+    import pyarrow as pa
 
     files = sorted(f for f in folder.glob(pattern) if f.suffix in (".parquet", ".jsonl", ".json"))
     files = [file for file in files if file.name != "source.json"]
@@ -99,20 +99,30 @@ def read_rows(folder: Path, pattern: str) -> Iterator[Any]:
         there = ", ".join(sorted(file.name for file in folder.iterdir()))
         raise stage.StageError(f"no parquet, jsonl or json file matches {pattern!r} in {folder}; it has: {there}")
     for file in files:
-        if file.suffix == ".parquet":
-            for batch in pq.ParquetFile(file).iter_batches():
-                yield from batch.to_pylist()
-            continue
-        content = file.read_text(encoding="utf-8", errors="replace")
-        if file.suffix == ".json" and content.lstrip().startswith("["):
-            yield from json.loads(content)
-            continue
-        for line in content.splitlines():
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:
-                    yield None
+        try:
+            yield from _rows_of(file)
+        except (json.JSONDecodeError, pa.ArrowInvalid) as error:
+            reason = str(error).splitlines()[0]
+            raise stage.StageError(f"{file} cannot be read ({reason}); mend it or name other files") from None
+
+
+def _rows_of(file: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    if file.suffix == ".parquet":
+        for batch in pq.ParquetFile(file).iter_batches():
+            yield from batch.to_pylist()
+        return
+    content = file.read_text(encoding="utf-8", errors="replace")
+    if file.suffix == ".json" and content.lstrip().startswith("["):
+        yield from json.loads(content)
+        return
+    for line in content.split("\n"):  # splitlines would also split at U+2028 inside a text
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                yield None
 
 
 def convert(raw: Any, form: str, system_prompt: str | None, special: set[str]) -> dict[str, Any]:
@@ -158,7 +168,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True)
     args = parser.parse_args()
     params = load_params()
-    prepare = params.prepare[args.name]
+    prepare = pick(params.prepare, args.name, "prepare")
 
     import pyarrow as pa
     import pyarrow.parquet as pq

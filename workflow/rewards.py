@@ -35,12 +35,12 @@ def accuracy_with(verifier: Verifier) -> Reward:
 def judged_part(text: str) -> str:
     """The text without its thought where math-verify could read nothing in the thought anyway.
 
-    It reads LaTeX only, so a thought without LaTeX changes no verdict; without it, the many equal answers of a
-    group are verified once.
+    It reads \\boxed{}, and LaTeX between its marks or behind the word "answer", so a thought without them changes no
+    verdict; without it, the many equal answers of a group are verified once.
     """
     answer = prompts.answer_part(text)
-    thought = text.removesuffix(answer)
-    return text if any(mark in thought for mark in ("\\", "$")) else answer
+    thought = text.removesuffix(answer).lower()
+    return text if any(mark in thought for mark in ("\\", "$", "answer")) else answer
 
 
 def format(completions: list[Completion], **columns: Any) -> list[float | None]:

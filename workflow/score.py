@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflow import prompts, stage
-from workflow.params import Task, load_params
+from workflow.params import Task, load_params, pick
 from workflow.stage import StageError
 from workflow.verify import Verifier, gold_text, last_number, number
 
@@ -43,9 +43,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True, help="folder for stage.json")
     args = parser.parse_args()
     params = load_params()
-    if args.task not in params.tasks:
-        raise StageError(f"{args.task} is not a task of params.yaml; write one of: {', '.join(params.tasks)}")
-    task = params.tasks[args.task]
+    task = pick(params.tasks, args.task, "tasks")
 
     import pyarrow as pa
     import pyarrow.parquet as pq

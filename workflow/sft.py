@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from workflow import stage
-from workflow.params import load_params
+from workflow.params import load_params, pick
 
 LIBRARIES = ["accelerate", "torch", "transformers", "trl"]
 
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True)
     args = parser.parse_args()
     params = load_params()
-    phase = params.sft[args.phase]
+    phase = pick(params.sft, args.phase, "sft")
 
     from datasets import Dataset
     from transformers import PrinterCallback

@@ -206,12 +206,12 @@ def test_fixed_strings_are_one_token_each(tokenizer):
 
 def test_what_was_trained_is_what_is_loaded(tokenizer, tiny_model):
     """AutoTokenizer picks a class by the model's type, and the class may split words in its own way."""
-    from tokenizers import Tokenizer
-
-    trained = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
-    for numbers in builtin.examples(20, False, 7):
-        text = builtin.question(numbers) + prompts.build(builtin.thought(numbers), f"\\boxed{{{sum(numbers)}}}")
-        assert tokenizer.tokenize(text) == trained.encode(text).tokens
+    saved = json.loads((tiny_model / "tokenizer.json").read_text())
+    loaded = json.loads(tokenizer.backend_tokenizer.to_str())
+    for part in ("added_tokens", "normalizer", "pre_tokenizer", "decoder"):
+        assert loaded[part] == saved[part], part
+    assert loaded["model"]["vocab"] == saved["model"]["vocab"]
+    assert loaded["model"]["merges"] == saved["model"]["merges"]
 
 
 def test_chat_template(tokenizer):

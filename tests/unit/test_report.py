@@ -46,7 +46,8 @@ def write_params(root: Path, sft: str, grpo: str, models: list[str], tasks: list
         "sources:",
         "  base: {into: models, origin: builtin, builtin: qwen2, licence: Apache-2.0}",
         *(
-            f"  {name}: {{into: raw, origin: builtin, builtin: {builtins.get(name, 'questions')}, licence: MIT}}"
+            f"  {name}: {{into: raw, origin: builtin, builtin: {builtins.get(name, 'questions')}, "
+            f"options: {{rows: 9{', guesses: 0' if name == 'traces' else ''}}}, licence: MIT}}"
             for name in sources
         ),
         "prepare:",

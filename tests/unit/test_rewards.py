@@ -1,7 +1,9 @@
+from typing import get_args
+
 import pytest
 
 from workflow import rewards
-from workflow.params import ParamsError
+from workflow.params import GRPOPhase, ParamsError
 from workflow.prompts import build
 from workflow.verify import Verifier, gold_text
 
@@ -150,6 +152,12 @@ def test_rewards_by_name_in_order(verifier):
     completions = chat(build("a", r"\boxed{42}"), "")
     for function in functions:
         assert function(completions=completions, solution=["42", "42"], extra=[1, 2]) == [1.0, 0.0]
+
+
+def test_every_name_that_params_allow_is_a_reward(verifier):
+    names = get_args(get_args(GRPOPhase.model_fields["rewards"].annotation)[0])
+    assert len(names) >= 3
+    assert [function.__name__ for function in rewards.reward_functions(names, verifier)] == list(names)
 
 
 def test_unknown_reward(verifier):

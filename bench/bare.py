@@ -1,0 +1,92 @@
+"""The calls of the stages as a user would write them without the pipeline, for bench/overhead.py.
+
+python bench/bare.py {sft,grpo,generate} INPUT_MODEL DATA OUTPUT, with the recipe's numbers from params.yaml.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+what, model, data, output = sys.argv[1:]
+params = yaml.safe_load(Path("params.yaml").read_text())
+PROCESSES = 2  # as workflow/hardware/cpu.yaml
+
+
+def sft() -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    phase = params["sft"]["cold_start"]
+    config = SFTConfig(
+        output_dir="/tmp/bare-sft",
+        per_device_train_batch_size=phase["global_batch_size"] // PROCESSES,
+        seed=params["seed"],
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        **phase["trainer"],
+    )
+    dataset = Dataset.from_parquet(data).select_columns(["prompt", "completion"])
+    trainer = SFTTrainer(model=model, args=config, train_dataset=dataset)
+    trainer.train()
+    trainer.save_model(output)
+
+
+def grpo() -> None:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.rewards import accuracy_reward
+
+    def taught_format(completions: list, **columns: object) -> list[float]:
+        pattern = re.compile(r"<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>", re.DOTALL)
+        return [float(bool(pattern.fullmatch(completion[0]["content"]))) for completion in completions]
+
+    phase = params["grpo"]["reasoning"]
+    config = GRPOConfig(
+        output_dir="/tmp/bare-grpo",
+        per_device_train_batch_size=phase["global_batch_size"] // PROCESSES,
+        reward_weights=[1.0, 0.2],
+        seed=params["seed"],
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        **phase["trainer"],
+    )
+    dataset = Dataset.from_parquet(data).select_columns(["prompt", "solution"])
+    trainer = GRPOTrainer(
+        model=model, reward_funcs=[accuracy_reward, taught_format], args=config, train_dataset=dataset
+    )
+    trainer.train()
+    trainer.save_model(output)
+
+
+def generate() -> None:
+    import os
+
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    import pandas as pd
+    from vllm import LLM, SamplingParams
+
+    task = params["tasks"]["arithmetic"]
+    questions = pd.read_parquet(data)
+    llm = LLM(
+        model=model,
+        seed=params["seed"],
+        max_model_len=128,
+        enforce_eager=True,
+        kv_cache_memory_bytes=2**30,
+        enable_chunked_prefill=False,
+    )
+    chats, sampling = [], []
+    for number, prompt in enumerate(questions["prompt"]):
+        for sample in range(task["n_samples"]):
+            chats.append(list(prompt))
+            seed = params["seed"] + number * task["n_samples"] + sample
+            sampling.append(SamplingParams(temperature=1.0, max_tokens=task["max_tokens"], seed=seed))
+    answers = llm.chat(chats, sampling)
+    pd.DataFrame({"completion": [answer.outputs[0].text for answer in answers]}).to_parquet(output)
+
+
+{"sft": sft, "grpo": grpo, "generate": generate}[what]()

@@ -1,0 +1,74 @@
+"""A copy of the working tree with a git history of its own, in which tests run the real command lines."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+TRIED: set[str] = set()  # the README's commands that a test has run
+
+
+class Checkout:
+    """A copy of the repository that runs the miniature recipe by default."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.first_run = ""
+        files = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        for name in filter(None, files.stdout.split("\0")):
+            if (ROOT / name).is_file() and name != "dvc.lock":
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+        shutil.copy(ROOT / "tests/e2e/miniature.yaml", folder / "recipes/recipe/miniature.yaml")
+        config = folder / "recipes/config.yaml"
+        config.write_text(config.read_text().replace("recipe: tiny", "recipe: miniature"))
+        (folder / ".venv").symlink_to(sys.prefix)  # make install finds it installed
+        self.run("git init -q -b main")
+        self.run("python -m workflow.compose")
+        self.commit("start")
+
+    def run(self, command: str, fails: bool = False) -> str:
+        """The output of a command line in the checkout; it must succeed, or fail where `fails` says so."""
+        bin_folder = Path(sys.executable).parent
+        environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+        environment |= {"COLUMNS": "250", "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.invalid"}
+        environment |= {"GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.invalid"}
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=self.folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert (done.returncode != 0) == fails, f"{command}: exit code {done.returncode}\n{done.stdout[-6000:]}"
+        return done.stdout
+
+    def readme(self, start: str) -> str:
+        """Run the README's command that starts with these words, word for word."""
+        found = [command for command in readme_commands() if command.startswith(start)]
+        assert found, f"the README has no command {start!r}"
+        TRIED.add(found[0])
+        return self.run(found[0])
+
+    def commit(self, message: str) -> None:
+        self.run(f"git add -A && git commit -qm '{message}'")
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        """Replace a text that occurs in a file."""
+        path = self.folder / file
+        content = path.read_text()
+        assert old in content, f"{file} does not contain {old!r}"
+        path.write_text(content.replace(old, new))
+
+
+def readme_commands() -> list[str]:
+    """The commands in the README's bash blocks, without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
