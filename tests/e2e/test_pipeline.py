@@ -98,6 +98,7 @@ def test_experiments_by_name_and_from_the_queue(trained: Checkout) -> None:
     table = trained.readme("dvc exp show")
     assert "grpo.reasoning.trainer.beta" in table
     assert "sft.cold_start" not in table
+    assert "data/" not in table
     trained.readme("dvc exp apply b")
     assert "beta: 0.04" in (trained.folder / "params.yaml").read_text()
     trained.run("git reset -q --hard && dvc checkout -q")
