@@ -2,8 +2,9 @@
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
-PYTHON ?= $(firstword $(shell command -v python3.11 python3 python))
-LOCK := requirements/$(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu).txt
+PYTHON ?= $(or $(firstword $(shell command -v python3.11 python3 python)),python3.11)
+LOCK := requirements/$(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu).txt
+INSTALLED := $(VENV)/installed.$(notdir $(LOCK))
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 COMPILE = uv pip compile pyproject.toml --quiet --no-header --no-annotate --python-version 3.11 --python-platform linux \
   --index-strategy unsafe-best-match --extra train --extra generate --extra score --extra report --extra dev $(UV_OPTIONS)
@@ -13,19 +14,20 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help install repro test lint bench lock
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-install: $(VENV)/installed ## Create .venv with every package at its locked version
+install: $(INSTALLED) ## Create .venv with every package at its locked version
 
-$(VENV)/installed: $(LOCK) pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v[:2] == (3, 11) else \
-	  f"error: the locked wheels need Python 3.11, $(PYTHON) is {v[0]}.{v[1]}; install it and write PYTHON=/path/to/python3.11")'
+$(INSTALLED): $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; v = tuple(sys.version_info[:2]); sys.exit(None if v == (3, 11) else \
+	  "error: the locked wheels need Python 3.11, $(PYTHON) is %d.%d; install it and write PYTHON=/path/to/python3.11" % v)'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing $(LOCK): about 4 GB, 3 to 5 minutes"
 ifeq ($(LOCK),requirements/cpu.txt)
 	@# Where the configured indexes lack torch's CPU build, uv knows the index of the PyTorch project.
 	@$(PIP) --requirement requirements/cpu.override.txt 2>/dev/null || \
-	  { $(PIP) uv==0.13.8 && $(BIN)/uv pip install --quiet --no-deps --torch-backend cpu torch==2.13.0; }
+	  { $(PIP) $$(grep '^uv==' $(LOCK)) && \
+	    $(BIN)/uv pip install --quiet --no-deps --torch-backend cpu $$(grep -o '^torch==[0-9.]*' $(LOCK)); }
 endif
 	@$(PIP) --requirement $(LOCK)
 	@$(PIP) --no-build-isolation --editable .
@@ -35,7 +37,6 @@ repro: install ## Run the pipeline; RECIPE=name SET="key=value …" composes ano
 ifneq ($(RECIPE)$(SET),)
 	@python -m workflow.compose $(if $(RECIPE),recipe=$(RECIPE)) $(SET)
 endif
-	@python -m workflow.params
 	dvc repro
 
 test: install ## Run every test (about 15 minutes on 2 cores)

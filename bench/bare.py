@@ -6,6 +6,7 @@ python bench/bare.py {sft,grpo,generate} INPUT_MODEL DATA OUTPUT, with the recip
 import re
 import sys
 from pathlib import Path
+from tempfile import mkdtemp
 
 import yaml
 
@@ -20,7 +21,7 @@ def sft() -> None:
 
     phase = params["sft"]["cold_start"]
     config = SFTConfig(
-        output_dir="/tmp/bare-sft",
+        output_dir=mkdtemp(),
         per_device_train_batch_size=phase["global_batch_size"] // PROCESSES,
         seed=params["seed"],
         use_cpu=True,
@@ -45,7 +46,7 @@ def grpo() -> None:
 
     phase = params["grpo"]["reasoning"]
     config = GRPOConfig(
-        output_dir="/tmp/bare-grpo",
+        output_dir=mkdtemp(),
         per_device_train_batch_size=phase["global_batch_size"] // PROCESSES,
         reward_weights=[1.0, 0.2],
         seed=params["seed"],
@@ -74,6 +75,7 @@ def generate() -> None:
     llm = LLM(
         model=model,
         seed=params["seed"],
+        dtype=task["dtype"],
         max_model_len=128,
         enforce_eager=True,
         kv_cache_memory_bytes=2**30,
@@ -84,7 +86,11 @@ def generate() -> None:
         for sample in range(task["n_samples"]):
             chats.append(list(prompt))
             seed = params["seed"] + number * task["n_samples"] + sample
-            sampling.append(SamplingParams(temperature=1.0, max_tokens=task["max_tokens"], seed=seed))
+            sampling.append(
+                SamplingParams(
+                    temperature=task["temperature"], top_p=task["top_p"], max_tokens=task["max_tokens"], seed=seed
+                )
+            )
     answers = llm.chat(chats, sampling)
     pd.DataFrame({"completion": [answer.outputs[0].text for answer in answers]}).to_parquet(output)
 

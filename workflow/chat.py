@@ -31,8 +31,7 @@ def answer(
     inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     if room < 1:
-        print(f"the question is too long for this model: shorten it by {1 - room} tokens or more")
-        return
+        raise stage.StageError(f"the question is too long for this model; shorten it by {1 - room} tokens or more")
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = model.generate(**inputs, **sampling, max_new_tokens=min(max_tokens, room), streamer=streamer)
@@ -68,11 +67,13 @@ def main() -> None:
     while True:
         try:
             question = input("> ").strip()
+            if question:
+                answer(question, *settings)
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if question:
-            answer(question, *settings)
+        except stage.StageError as error:
+            print(error)
 
 
 if __name__ == "__main__":

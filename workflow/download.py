@@ -11,18 +11,7 @@ import shutil
 from pathlib import Path
 
 from workflow import stage
-from workflow.params import Params, ParamsError, Source, load_params, pick
-
-
-def check_paths(params: Params) -> None:
-    """Raise ParamsError when a path source names something that is not on disk."""
-    for name, source in params.sources.items():
-        for key, path in (("path", source.path), ("options.corpus", source.options.get("corpus"))):
-            if path is not None and not Path(path).exists():
-                raise ParamsError(
-                    f"params.yaml: sources.{name}.{key} is {path!r}, which does not exist; write an existing "
-                    "file or folder (recipes that take data_dir: SET=data_dir=/folder)"
-                )
+from workflow.params import Source, check_paths, load_params, pick
 
 
 def bring(source: Source, seed: int, system_prompt: str | None, output: Path) -> None:

@@ -3,6 +3,8 @@
 import argparse
 import os
 import time
+import zlib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +65,14 @@ def main() -> None:
         max_model_len=needed,
         enable_prefix_caching=True,
         seed=params.seed,
+        dtype=task.dtype,
         use_tqdm_on_load=False,
         **hardware.vllm,
     )
-    # A request per sample: its seed says what it draws, whatever shares the batch with it.
+    # A request per sample: its seed says what it draws, whatever shares the batch with it. Hashed, so that runs with
+    # neighbouring seeds have none in common.
     requests = [(question, sample) for question in range(len(questions)) for sample in range(task.n_samples)]
-    seeds = [params.seed + question * task.n_samples + sample for question, sample in requests]
+    seeds = [zlib.crc32(f"{params.seed} {questions[q]['id']} {sample}".encode()) for q, sample in requests]
     sampling = {"temperature": task.temperature, "top_p": task.top_p, "max_tokens": task.max_tokens}
     started = time.monotonic()
     answers = llm.generate(
@@ -94,7 +98,8 @@ def main() -> None:
     summary = f"{len(rows)} samples, {tokens / len(rows):.0f} tokens each, {speed} tokens/s"
     item = f"{args.model.name} {args.task}"
     facts = {"samples": len(rows), "tokens": tokens, "tokens_per_second": speed}
-    stage.record(args.log, "generate", item, ["torch", "transformers"], summary, **facts)
+    libraries = [packages_distributions()["vllm"][0], "torch", "transformers"]
+    stage.record(args.log, "generate", item, libraries, summary, **facts)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,9 @@ def main() -> None:
         trainer.train()
         facts = finish(trainer, args.output, args.log)
     if trainer.accelerator.is_main_process:
-        reward = next(row["reward"] for row in reversed(trainer.state.log_history) if "reward" in row)
-        stage.record(args.log, "grpo", args.phase, LIBRARIES, f"{facts['steps']} steps, reward {reward:.3f}", **facts)
+        rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+        summary = f"{facts['steps']} steps, {f'reward {rewards[-1]:.3f}' if rewards else 'no reward was logged'}"
+        stage.record(args.log, "grpo", args.phase, LIBRARIES, summary, **facts)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,11 @@ class PerDeviceBatch(Section):
 
 
 class Hardware(Section):
-    """What fits on a machine. Nothing here may change a result beyond float noise."""
+    """What fits on a machine. A batch is divided, never changed; on CPUs that changes results by float noise only.
+
+    On GPUs rollouts come from vLLM, whose kernels differ from the trainer's: there TRL weighs the tokens by the
+    ratio of both probabilities (vllm_importance_sampling_correction, an option of the recipe).
+    """
 
     processes: int = Field(gt=0, description="Training processes, one per device.")
     threads: int = Field(1, gt=0, description="CPU threads of each process.")
@@ -40,14 +44,22 @@ class Hardware(Section):
     vllm: dict[str, Any] = Field({}, description="Arguments of vllm.LLM in generate.")
 
 
-def detect() -> str:
-    """The name of the hardware file for this machine."""
+def hardware_name() -> str:
+    """The hardware file to use: the environment variable HARDWARE, else what fits the GPUs that may be used."""
+    if os.environ.get("HARDWARE"):
+        return os.environ["HARDWARE"]
     if shutil.which("nvidia-smi") is None:
         return "cpu"
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    memory = [int(line) for line in subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()]
-    if not memory:
-        return "cpu"
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={os.environ['CUDA_VISIBLE_DEVICES']}")
+    found = subprocess.run(query, capture_output=True, text=True)
+    if found.returncode:
+        return "cpu"  # a driver without a device
+    try:
+        memory = [int(line) for line in found.stdout.split("\n") if line.strip()]
+    except ValueError:
+        raise ParamsError("nvidia-smi does not tell the GPUs' memory; write HARDWARE=<a file in hardware/>") from None
     if min(memory) < 75_000:
         return "gpu_24gb"
     return "gpu_8x80gb" if len(memory) >= 8 else "gpu_80gb"
@@ -61,7 +73,7 @@ def load_hardware() -> Hardware:
     """
     import yaml
 
-    name = os.environ.get("HARDWARE") or detect()
+    name = hardware_name()
     path = Path(name) if name.endswith(".yaml") else HERE / "hardware" / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in (HERE / "hardware").glob("*.yaml")))
@@ -106,8 +118,7 @@ def command(hardware: Hardware, arguments: list[str]) -> list[str]:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(hardware.processes)]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--num_cpu_threads_per_process", str(hardware.threads), "--main_process_port", "0"]
-    if hardware.processes > 1 or hardware.accelerate != "ddp":
-        launch += ["--config_file", str(HERE / "accelerate" / f"{hardware.accelerate}.yaml")]
+    launch += ["--config_file", str(HERE / "accelerate" / f"{hardware.accelerate}.yaml")]
     return [*launch, "-m", f"workflow.{arguments[0]}", *arguments[1:]]
 
 
@@ -123,7 +134,9 @@ def main() -> None:
     check_batches(load_params(), hardware)
     os.environ.update(hardware.environment)
     os.environ["STAGE_STARTED"] = str(time.time())
-    sys.exit(subprocess.run(command(hardware, arguments)).returncode)
+    sys.stdout.flush()
+    # In place of this process, so that a signal reaches the launcher and nothing is left running without it.
+    os.execv(sys.executable, command(hardware, arguments))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """params.yaml as typed, frozen sections: every key has a meaning, an unknown key is an error.
 
-`load_params` is called by every stage before it does anything, so a mistake anywhere in the file stops the
-pipeline before the first second of work. `python -m workflow.params` runs the same checks alone.
+`load_params` is called by every stage before it does anything; the stage `check`, before all others, calls it too.
 """
 
 import ast
 import difflib
 import importlib.util
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -35,6 +33,11 @@ NOT_IN_TRAINER = {
     "disable_tqdm": "progress is printed as lines",
     "logging_nan_inf_filter": "a loss that is not a number is always logged as it is",
     "report_to": "metrics are always logged with DVCLive",
+    "steps_per_generation": "rollouts are made for one optimizer step; write num_iterations to use them again",
+    "auto_find_batch_size": "the hardware file divides the batch",
+    "deepspeed": "the hardware file decides how the model is spread",
+    "fsdp": "the hardware file decides how the model is spread",
+    "hub_token": "tokens come from the environment only",
     "push_to_hub": "nothing is published by a stage",
 }
 
@@ -165,6 +168,9 @@ class Task(Section):
     temperature: float = Field(ge=0)
     top_p: float = Field(gt=0, le=1)
     max_tokens: int = Field(gt=0, description="Longest completion in tokens.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        description="Of the weights in vLLM, which would otherwise halve the precision of a float32 model."
+    )
 
 
 class Params(Section):
@@ -200,6 +206,13 @@ class Params(Section):
                 _known(f"{kind}.{name}.start_from", phase.start_from, models + others)
                 _known(f"{kind}.{name}.dataset", phase.dataset, list(self.prepare))
                 _check_trainer(f"{kind}.{name}.trainer", phase.trainer, kind)
+        for name, phase in self.sft.items():
+            kept, cut = self.prepare[phase.dataset].max_length, phase.trainer.get("max_length", 1024)
+            if cut is not None and cut < kept:
+                raise ValueError(
+                    f"sft.{name}.trainer.max_length {cut} would cut answers of {phase.dataset}, whose max_length is "
+                    f"{kept}; write {kept} or more"
+                )
         for name in self.phases:
             seen = [name]
             while seen[-1] in self.phases:
@@ -226,7 +239,7 @@ def _known(where: str, value: str, names: list[str]) -> None:
 
 
 @cache
-def trainer_options(kind: Literal["sft", "grpo"]) -> dict[str, set[str]]:
+def option_types(kind: Literal["sft", "grpo"]) -> dict[str, set[str]]:
     """Names and plain types of the options of trl.SFTConfig or trl.GRPOConfig.
 
     Read from the installed sources without importing them, because importing TRL imports torch (seconds) and
@@ -255,7 +268,7 @@ def trainer_options(kind: Literal["sft", "grpo"]) -> dict[str, set[str]]:
 
 
 def _check_trainer(where: str, trainer: dict[str, Any], kind: Literal["sft", "grpo"]) -> None:
-    options = trainer_options(kind)
+    options = option_types(kind)
     for name, value in trainer.items():
         if name in NOT_IN_TRAINER:
             raise ValueError(f"{where}.{name} does not belong here: {NOT_IN_TRAINER[name]}")
@@ -327,19 +340,12 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise ParamsError(f"{path}: {one_sentence(error, Params)}") from None
 
 
-def main() -> None:
-    """Check params.yaml, the files it names and the hardware file, without running anything."""
-    from workflow.download import check_paths
-    from workflow.launch import check_batches, load_hardware
-
-    params = load_params()
-    check_paths(params)
-    check_batches(params, load_hardware())
-    print(f"params.yaml is sound: recipe {params.recipe}, phases {', '.join(params.phases)}")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+def check_paths(params: Params) -> None:
+    """Raise ParamsError when a path source names something that is not on disk."""
+    for name, source in params.sources.items():
+        for key, path in (("path", source.path), ("options.corpus", source.options.get("corpus"))):
+            if path is not None and not Path(path).exists():
+                raise ParamsError(
+                    f"params.yaml: sources.{name}.{key} is {path!r}, which does not exist; write an existing "
+                    "file or folder (recipes that take data_dir: SET=data_dir=/folder)"
+                )

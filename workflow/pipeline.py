@@ -72,11 +72,14 @@ def _overlap(one: str, other: str) -> bool:
 def _params(entries: list[Any], values: dict[str, Any]) -> dict[str, Any]:
     keys = []
     for entry in entries:
-        keys += [("params.yaml", entry)] if isinstance(entry, str) else [(f, key) for f in entry for key in entry[f]]
+        if isinstance(entry, str):
+            keys.append(("params.yaml", entry))
+        else:  # a file with some of its keys, or with none for the whole file
+            keys += [(file, key) for file, some in entry.items() for key in some or [""]]
     found = {}
     for file, key in keys:
         value = values[file]
-        for part in key.split("."):
+        for part in filter(None, key.split(".")):
             value = value[part]
         found[f"{file}:{key}"] = value
     return found

@@ -3,14 +3,6 @@
 import re
 from dataclasses import dataclass
 
-# Open-R1's system prompt, word for word; recipes that teach the format by reward alone put it before a question.
-R1_SYSTEM_PROMPT = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
-    "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
-    "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
-    "i.e., <think> reasoning process here </think><answer> answer here </answer>"
-)
-
 END_OF_THOUGHT = "</think>"
 TAUGHT_FORMAT = re.compile(r"<think>\n(?P<thought>.*?)\n</think>\n<answer>\n(?P<answer>.*?)\n</answer>", re.DOTALL)
 

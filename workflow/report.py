@@ -6,25 +6,24 @@ Equal inputs give equal files, except for the git commit.
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workflow import stage
+from workflow import charts, prompts, stage
+from workflow.charts import MINUS
 from workflow.params import Params, load_params
 
 if TYPE_CHECKING:
     import pandas as pd
 
 NBSP = "\u00a0"
-MINUS = "\u2212"
 
 # Below this pass@1 a model solves so little that a difference says nothing about what it learned.
 NEAR_ZERO = 0.02
@@ -34,32 +33,6 @@ MANY_TRUNCATED = 0.05
 N_SAMPLES = 10
 LONGEST_TEXT = 6000  # characters of a completion shown in full
 
-# Panels of a phase in reading order: the trainer's column and what it is called. A name in braces stands for
-# every column that fits, because reward functions are the recipe's.
-PANELS = {
-    "sft": {
-        "loss": "Loss",
-        "mean_token_accuracy": "Token accuracy",
-        "entropy": "Entropy, nats per token",
-        "grad_norm": "Gradient norm",
-        "learning_rate": "Learning rate",
-    },
-    "grpo": {
-        "reward": "Reward",
-        "rewards/{}/mean": "Reward: {}",
-        "reward_std": "Reward, spread in a group",
-        "frac_reward_zero_std": "Groups without signal",
-        "completions/mean_length": "Completion length, tokens",
-        "completions/clipped_ratio": "Completions cut off",
-        "entropy": "Entropy, nats per token",
-        "kl": "KL to the start, nats",
-        "loss": "Loss",
-        "grad_norm": "Gradient norm",
-        "learning_rate": "Learning rate",
-    },
-}
-KINDS = {"sft": "SFT", "grpo": "GRPO"}
-
 REASONS = {
     "correct": "the answer equals the gold answer",
     "wrong": "the answer differs from the gold answer",
@@ -67,6 +40,16 @@ REASONS = {
     "gold_unparsed": "the gold answer could not be read",
     "timeout": "comparing the answers took too long",
     "error": "comparing the answers failed",
+}
+
+LEGEND = "In percent with the 95 % interval; gain in points over the model it was trained from, same questions."
+
+VERDICT_COLUMNS = ["id", "sample", "correct", "strict", "reason", "extracted", "gold", "tokens", "finish_reason"]
+
+# The columns of plots/sft.csv and plots/grpo.csv that `plots` in dvc.yaml names; rewards have a file each.
+PLOTTED = {
+    "sft": ["loss", "mean_token_accuracy"],
+    "grpo": ["reward", "completions/mean_length", "completions/clipped_ratio", "entropy"],
 }
 
 
@@ -109,42 +92,29 @@ def memory(mib: float) -> str:
     return f"{mib:.0f}{NBSP}MiB" if mib < 1024 else f"{mib / 1024:.1f}{NBSP}GiB"
 
 
-def number(value: float) -> str:
-    """A number of any size in at most four significant digits, for axis labels."""
-    if value and not 1e-3 <= abs(value) < 1e5:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace("-", MINUS)
-    return f"{value:.4g}".replace("-", MINUS)
-
-
 # Reading
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """One JSON object.
-
-    Raises:
-        StageError: the file is missing or not JSON.
-    """
+def existing(file: Path) -> Path:
+    """The file; a StageError where there is none."""
     if not file.is_file():
         raise stage.StageError(f"{file} does not exist; run the stage that writes it, e.g. with: dvc repro")
+    return file
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """One JSON object; a StageError where the file is missing or not JSON."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(existing(file).read_text())
     except json.JSONDecodeError as error:
         raise stage.StageError(f"{file} is not JSON ({error}); delete it and run its stage again") from None
 
 
 def read_parquet(file: Path, columns: list[str]) -> "pd.DataFrame":
-    """The named columns of a parquet file.
-
-    Raises:
-        StageError: the file is missing.
-    """
+    """The named columns of a parquet file; a StageError where it is missing."""
     import pandas as pd
 
-    if not file.is_file():
-        raise stage.StageError(f"{file} does not exist; run the stage that writes it, e.g. with: dvc repro")
-    return pd.read_parquet(file, columns=columns)
+    return pd.read_parquet(existing(file), columns=columns)
 
 
 def read_history(file: Path) -> "pd.DataFrame":
@@ -155,18 +125,18 @@ def read_history(file: Path) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    if not file.is_file():
-        raise stage.StageError(f"{file} does not exist; run the training stage that writes it, e.g. with: dvc repro")
-    history = pd.read_csv(file)
+    history = pd.read_csv(existing(file))
     if "step" not in history:
         raise stage.StageError(f"{file} has no column step; delete it and run its training stage again")
     history = history.apply(pd.to_numeric, errors="coerce").replace([math.inf, -math.inf], math.nan)
     return history.dropna(subset="step").sort_values("step", kind="stable").reset_index(drop=True)
 
 
-def last_user_message(prompt: Sequence[dict[str, str]]) -> str:
-    """The question in a chat prompt."""
-    return [message["content"] for message in prompt if message["role"] == "user"][-1]
+def read_questions(file: Path) -> "pd.DataFrame":
+    """The columns id and question of a prepared data set; the question is the last message of the user."""
+    rows = read_parquet(file, ["id", "prompt"])
+    asked = [[message["content"] for message in prompt if message["role"] == "user"][-1] for prompt in rows["prompt"]]
+    return rows[["id"]].assign(question=asked)
 
 
 def git_state() -> tuple[str, list[str]]:
@@ -176,13 +146,12 @@ def git_state() -> tuple[str, list[str]]:
     """
     if shutil.which("git") is None:
         return "not a git checkout", []
-    head = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True)
+    git = partial(subprocess.run, capture_output=True, text=True)
+    head = git(["git", "rev-parse", "--verify", "HEAD"])
     if head.returncode:
         return "not a git checkout", []
     inputs = ["workflow", "dvc.yaml", "params.yaml", "pyproject.toml"]
-    status = subprocess.run(
-        ["git", "status", "--porcelain", "--", *inputs], capture_output=True, text=True, check=True
-    ).stdout
+    status = git(["git", "status", "--porcelain", "--", *inputs], check=True).stdout
     return head.stdout.strip(), [line[3:] for line in status.splitlines()]
 
 
@@ -191,31 +160,30 @@ def git_state() -> tuple[str, list[str]]:
 
 @dataclass(frozen=True)
 class Step:
-    """From one evaluated model to the next that was trained from it."""
+    """From one evaluated model to another that was trained from it."""
 
     before: str
     after: str
-    how: str  # "GRPO", or "SFT + GRPO" where the model between was not evaluated
-
-
-def start_of(params: Params, model: str) -> str | None:
-    """What a phase starts from; None for a source."""
-    return params.phases[model].start_from if model in params.phases else None
+    how: str  # "GRPO", or "SFT + GRPO" where there is a model between
 
 
 def ancestors(params: Params, model: str) -> list[str]:
-    """The models a model was trained from, nearest first."""
-    found: list[str] = []
-    start = start_of(params, model)
-    while start is not None:
-        found.append(start)
-        start = start_of(params, start)
+    """The models a model was trained from, nearest first; a source has none."""
+    found = []
+    while model in params.phases:
+        model = params.phases[model].start_from
+        found.append(model)
     return found
 
 
 def kind_of(params: Params, phase: str) -> str:
     """`sft` or `grpo`."""
     return "sft" if phase in params.sft else "grpo"
+
+
+def kinds(params: Params, models: list[str]) -> dict[str, str]:
+    """`SFT` or `GRPO` of those that are phases."""
+    return {name: kind_of(params, name).upper() for name in models if name in params.phases}
 
 
 def trained_phases(params: Params) -> list[str]:
@@ -230,33 +198,20 @@ def trained_phases(params: Params) -> list[str]:
 def step_between(params: Params, before: str, after: str) -> Step:
     """The step to a model from one of its ancestors, named by the kinds of all phases between them."""
     chain = [after, *ancestors(params, after)]
-    phases = chain[: chain.index(before)][::-1]
-    return Step(before, after, " + ".join(KINDS[kind_of(params, phase)] for phase in phases))
+    return Step(before, after, " + ".join(kinds(params, chain[: chain.index(before)][::-1]).values()))
 
 
 def steps(params: Params) -> list[Step]:
     """Each evaluated model against the nearest evaluated model it was trained from, in the order of the report;
     at the end the last model against the first of its line, where that is another step."""
-    evaluated = params.generate.models
-    found = []
-    for model in evaluated:
-        before = [name for name in ancestors(params, model) if name in evaluated]
-        found += [step_between(params, before[0], model)] if before else []
-    line = [name for name in ancestors(params, evaluated[-1]) if name in evaluated]
-    return found + ([step_between(params, line[-1], evaluated[-1])] if len(line) > 1 else [])
+    found, line = [], []
+    for model in params.generate.models:
+        line = [name for name in ancestors(params, model) if name in params.generate.models]
+        found += [step_between(params, before, model) for before in line[:1]]
+    return found + [step_between(params, before, params.generate.models[-1]) for before in line[1:][-1:]]
 
 
-def last_step(params: Params) -> Step | None:
-    """The step that made the last model; None where nothing it was trained from is evaluated."""
-    return next((step for step in steps(params) if step.after == params.generate.models[-1]), None)
-
-
-def score_matrix(verdicts: "pd.DataFrame") -> "pd.DataFrame":
-    """Correctness as 0.0 and 1.0: a row per question id, sorted, a column per sample."""
-    return verdicts.pivot(index="id", columns="sample", values="correct").astype(float)
-
-
-def gain(step: Step, task: str, scores: dict, verdicts: dict) -> dict[str, Any]:
+def paired_gain(step: Step, task: str, scores: dict, verdicts: dict) -> dict[str, Any]:
     """The paired difference in pass@1 of one step on one task, as a row of the report.
 
     Raises:
@@ -264,9 +219,12 @@ def gain(step: Step, task: str, scores: dict, verdicts: dict) -> dict[str, Any]:
     """
     from workflow.stats import paired_difference
 
-    before, after = (score_matrix(verdicts[model, task]) for model in (step.before, step.after))
-    asked = [scores[model, task]["questions_sha256"] for model in (step.before, step.after)]
-    if asked[0] != asked[1] or list(before.index) != list(after.index):
+    models = (step.before, step.after)
+    before, after = (
+        verdicts[model, task].pivot(index="id", columns="sample", values="correct").astype(float) for model in models
+    )
+    asked = {scores[model, task]["questions_sha256"] for model in models}
+    if len(asked) > 1 or list(before.index) != list(after.index):
         raise stage.StageError(
             f"{step.before} and {step.after} were asked different questions in {task}; "
             "run generate and score again for both"
@@ -275,9 +233,7 @@ def gain(step: Step, task: str, scores: dict, verdicts: dict) -> dict[str, Any]:
     change = after.mean(axis=1) - before.mean(axis=1)
     return {
         "task": task,
-        "before": step.before,
-        "after": step.after,
-        "how": step.how,
+        **asdict(step),
         "pass_before": scores[step.before, task]["pass_at_1"],
         "pass_after": scores[step.after, task]["pass_at_1"],
         "difference": paired.mean,
@@ -291,7 +247,20 @@ def gain(step: Step, task: str, scores: dict, verdicts: dict) -> dict[str, Any]:
     }
 
 
-def verdict(row: dict[str, Any]) -> str:
+def gain_of(gains: list[dict], task: str, model: str) -> dict[str, Any] | None:
+    """What the step that made the model changed: the first row, in the order of `steps`; None where there is none."""
+    return next((row for row in gains if (row["task"], row["after"]) == (task, model)), None)
+
+
+# Verdicts
+
+
+def interval(score: dict, name: str) -> str:
+    """`95 % interval 53.6 % to 58.0 %` of a share in a score file."""
+    return f"95{NBSP}% interval {percent(score[f'{name}_low'])} to {percent(score[f'{name}_high'])}"
+
+
+def accuracy_sentence(row: dict[str, Any]) -> str:
     """What a gain says, in one or two honest sentences."""
     change = f"from {percent(row['pass_before'])} to {percent(row['pass_after'])}"
     evidence = (
@@ -310,19 +279,74 @@ def verdict(row: dict[str, Any]) -> str:
     return text
 
 
-def verdicts_in_words(params: Params, gains: list[dict], scores: dict) -> tuple[list[str], list[str]]:
-    """The headline (one sentence per task, about the last step) and the sentences about the steps before it."""
-    last, step = params.generate.models[-1], last_step(params)
-    if step is None:
-        rows = [(task, scores[last, task]) for task in params.tasks]
-        return [
-            f"{last} reaches {percent(score['pass_at_1'])} pass@1 on {task} (95{NBSP}% interval "
-            f"{percent(score['pass_at_1_low'])} to {percent(score['pass_at_1_high'])})."
-            for task, score in rows
-        ], []
-    headline = [verdict(row) for row in gains if (row["before"], row["after"]) == (step.before, step.after)]
-    earlier = [verdict(row) for row in gains if row["after"] != step.after]
-    return headline, earlier
+def verdict_sentence(task: str, model: str, scores: dict, gains: list[dict]) -> str:
+    """What the step that made the model changed, or how good it is where nothing it was trained from is evaluated."""
+    row, score = gain_of(gains, task, model), scores[model, task]
+    if row:
+        return accuracy_sentence(row)
+    return f"{model} reaches {percent(score['pass_at_1'])} pass@1 on {task} ({interval(score, 'pass_at_1')})."
+
+
+def format_sentences(params: Params, scores: dict, gains: list[dict]) -> list[str]:
+    """A sentence for every step that raised the share in the taught format: the two intervals do not overlap."""
+    rows = [gain_of(gains, task, model) for task in params.tasks for model in params.generate.models]
+    found = []
+    for row in filter(None, rows):
+        before, after = (scores[row[model], row["task"]] for model in ("before", "after"))
+        if after["format_rate_low"] > before["format_rate_high"]:
+            ends = [f"{percent(one['format_rate'])} ({interval(one, 'format_rate')})" for one in (before, after)]
+            change = f"from {ends[0]} to {ends[1]}"
+            found.append(f"{row['how']} raised the share of {row['task']} answers in the taught format {change}.")
+    return found
+
+
+def notes(params: Params, scores: dict, verdicts: dict, overlap: list[dict]) -> list[str]:
+    """What a reader must know before believing the verdict."""
+    last = params.generate.models[-1]
+    found = [
+        f"{row['seen']} of {row['asked']} {row['task']} questions occur word for word in {row['dataset']}, "
+        f"which {row['phase']} was trained on."
+        for row in overlap
+        if row["seen"]
+    ]
+    for task, settings in params.tasks.items():
+        if scores[last, task]["truncated"] > MANY_TRUNCATED:
+            found.append(
+                f"{percent(scores[last, task]['truncated'])} of the {task} samples of {last} were cut off at "
+                f"{settings.max_tokens} tokens."
+            )
+        counts = verdicts[last, task]["reason"].value_counts()
+        found += [
+            f"{counts[reason]} {task} samples of {last} could not be judged: {REASONS[reason]}."
+            for reason in ("gold_unparsed", "timeout", "error")
+            if reason in counts
+        ]
+    return found
+
+
+def result_table(params: Params, task: str, scores: dict, gains: list[dict]) -> str:
+    """One task as aligned text: a row per model, every share and gain with its 95 % interval."""
+    last = scores[params.generate.models[-1], task]
+    title = (
+        f"{task}: {last['n_questions']} questions x {last['n_samples']} samples, temperature {last['temperature']}, "
+        f"top-p {last['top_p']}, {last['dtype']}, at most {last['max_tokens']} tokens"
+    )
+    rows = [("model", "by", "pass@1", "format", "gain", "tokens")]
+    for model in params.generate.models:
+        score, row = scores[model, task], gain_of(gains, task, model)
+        cells = [
+            "{:.1f} [{:5.1f}, {:5.1f}]".format(*(100 * score[f"{name}{end}"] for end in ("", "_low", "_high")))
+            for name in ("pass_at_1", "format_rate")
+        ]
+        ends = [bound(row[end]) for end in ("low", "high")] if row else []
+        cells.append(f"{points(row['difference'])} [{ends[0]:>5}, {ends[1]:>5}]" if row else "-")
+        rows.append((model, row["how"] if row else "-", *cells, f"{score['mean_tokens']:.1f}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(f"{cell:{'<' if index < 2 else '>'}{widths[index]}}" for index, cell in enumerate(row))
+        for row in rows
+    ]
+    return "\n".join([title, "", *lines])
 
 
 # Data
@@ -330,17 +354,13 @@ def verdicts_in_words(params: Params, gains: list[dict], scores: dict) -> tuple[
 
 def overlaps(params: Params, phases: list[str], questions: Path) -> list[dict[str, Any]]:
     """How many evaluation questions of each task occur word for word in the training set of each phase."""
-    trained = {}
-    for name in sorted({params.phases[phase].dataset for phase in phases}):
-        prompts = read_parquet(questions / f"{name}.parquet", ["prompt"])["prompt"]
-        trained[name] = {last_user_message(prompt) for prompt in prompts}
+    datasets = {phase: params.phases[phase].dataset for phase in phases}
+    trained = {name: set(read_questions(questions / f"{name}.parquet")["question"]) for name in datasets.values()}
     rows = []
     for task, settings in params.tasks.items():
-        prompts = read_parquet(questions / f"{task}.parquet", ["prompt"])["prompt"][: settings.questions]
-        asked = [last_user_message(prompt) for prompt in prompts]
-        for phase in phases:
-            name = params.phases[phase].dataset
-            seen = sum(question in trained[name] for question in asked)
+        asked = read_questions(questions / f"{task}.parquet")["question"][: settings.questions]
+        for phase, name in datasets.items():
+            seen = int(asked.isin(trained[name]).sum())
             rows.append({"task": task, "phase": phase, "dataset": name, "seen": seen, "asked": len(asked)})
     return rows
 
@@ -362,9 +382,7 @@ def data_rows(params: Params, phases: list[str], logs: Path) -> list[dict[str, A
                 "rows_in": log["rows_in"],
                 "rows": log["rows"],
                 "dropped": {**dropped, "not drawn": not_drawn} if not_drawn else dropped,
-                "origin": origin["origin"],
-                "revision": origin["revision"],
-                "licence": origin["licence"],
+                **{key: origin[key] for key in ("origin", "revision", "licence")},
             }
         )
     return rows
@@ -377,9 +395,8 @@ def model_rows(params: Params, phases: list[str], logs: Path) -> list[dict[str, 
         if source.into == "models":
             log = read_json(logs / "download" / name / "stage.json")
             rows.append({"name": name, **{key: log[key] for key in ("origin", "revision", "licence")}})
-    for name in phases:
-        phase = params.phases[name]
-        made = f"{KINDS[kind_of(params, name)]} of {phase.start_from} on {phase.dataset}"
+    for name, kind in kinds(params, phases).items():
+        made = f"{kind} of {params.phases[name].start_from} on {params.phases[name].dataset}"
         rows.append({"name": name, "origin": made, "revision": "", "licence": ""})
     return rows
 
@@ -387,65 +404,54 @@ def model_rows(params: Params, phases: list[str], logs: Path) -> list[dict[str, 
 # Samples
 
 
-def pick_samples(params: Params, questions: Path, samples: Path, verdicts: dict) -> list[dict[str, Any]]:
-    """Ten samples of the last model, shared out over the tasks, half right and half wrong where there are enough.
+def draw(verdicts: "pd.DataFrame", count: int, salt: str) -> "pd.DataFrame":
+    """Verdicts on different questions, half right and half wrong where there are enough, the right ones first.
 
-    The order is a hash of seed, task, id and sample: drawn at random, but the same in every report.
+    The order is a hash of salt, id and sample: drawn at random, but the same in every report.
+    """
+    import pandas as pd
+
+    keys = [f"{salt}:{id_}:{sample}" for id_, sample in zip(verdicts["id"], verdicts["sample"], strict=True)]
+    rows = verdicts.assign(order=[hashlib.sha256(key.encode()).hexdigest() for key in keys])
+    rows = rows.sort_values("order").drop_duplicates("id")
+    right, wrong = rows[rows["correct"]], rows[~rows["correct"]]
+    n_right = max(min(len(right), (count + 1) // 2), min(len(right), count - len(wrong)))
+    return pd.concat([right[:n_right], wrong[: count - n_right]])
+
+
+def pick_samples(params: Params, questions: Path, samples: Path, verdicts: dict) -> list[dict[str, Any]]:
+    """Ten samples of the last model, shared out over the tasks.
 
     Raises:
         StageError: a sample was judged that is not among the stored ones.
     """
     last = params.generate.models[-1]
-    tasks = list(params.tasks)
     picked = []
-    for index, task in enumerate(tasks):
-        quota = N_SAMPLES // len(tasks) + (index < N_SAMPLES % len(tasks))
-        rows = verdicts[last, task]
-        keys = [f"{params.seed}:{task}:{id_}:{sample}" for id_, sample in zip(rows["id"], rows["sample"], strict=True)]
-        rows = rows.assign(order=[hashlib.sha256(key.encode()).hexdigest() for key in keys]).sort_values("order")
-        rows = rows.drop_duplicates("id")
-        right, wrong = rows[rows["correct"]], rows[~rows["correct"]]
-        n_right = max(min(len(right), (quota + 1) // 2), min(len(right), quota - len(wrong)))
-        drawn = [*right[:n_right].itertuples(), *wrong[: quota - n_right].itertuples()]
-        asked = read_parquet(questions / f"{task}.parquet", ["id", "prompt"])
-        asked = {str(id_): last_user_message(prompt) for id_, prompt in zip(asked["id"], asked["prompt"], strict=True)}
+    for index, task in enumerate(params.tasks):
+        count = N_SAMPLES // len(params.tasks) + (index < N_SAMPLES % len(params.tasks))
         file = samples / last / f"{task}.parquet"
-        stored = read_parquet(file, ["id", "sample", "completion", "tokens", "finish_reason"]).astype({"id": str})
-        stored = {(row.id, row.sample): row for row in stored.itertuples()}
-        for row in drawn:
-            if (row.id, row.sample) not in stored or row.id not in asked:
-                raise stage.StageError(f"{file} has no sample {row.sample} of {row.id}; run score again for {last}")
-            answered = stored[row.id, row.sample]
-            thoughts, answer = split_thoughts(answered.completion)
-            picked.append(
-                {
-                    "id": row.id,
-                    "sample": row.sample,
-                    "question": shorten(asked[row.id]),
-                    "thoughts": shorten(thoughts),
-                    "answer": shorten(answer),
-                    "extracted": row.extracted,
-                    "gold": shorten(row.gold),
-                    "correct": row.correct,
-                    "strict": row.strict,
-                    "reason": REASONS.get(row.reason, row.reason),
-                    "tokens": answered.tokens,
-                    "truncated": answered.finish_reason == "length",
-                }
-            )
+        rows = draw(verdicts[last, task], count, f"{params.seed}:{task}")
+        rows = rows.merge(read_parquet(file, ["id", "sample", "completion"]), how="left", on=["id", "sample"])
+        rows = rows.merge(read_questions(questions / f"{task}.parquet"), how="left", on="id")
+        lost = rows[rows[["completion", "question"]].isna().any(axis=1)]
+        if len(lost):
+            where = f"sample {lost['sample'].iloc[0]} of {lost['id'].iloc[0]}"
+            raise stage.StageError(f"{file} has no {where}; run score again for {last}")
+        for row in rows.to_dict("records"):
+            thoughts, answer = split_thoughts(row["completion"])
+            texts = {"question": row["question"], "thoughts": thoughts, "answer": answer, "gold": row["gold"]}
+            explained = REASONS.get(row["reason"], row["reason"])
+            picked.append({**row, **{name: shorten(text) for name, text in texts.items()}, "reason": explained})
     return picked
 
 
 def split_thoughts(completion: str) -> tuple[str, str]:
-    """What stands in <think> and in <answer>, or else after it; ("", completion) where the thought does not end.
-
-    The last </think> counts, as it does for the score stage.
-    """
-    thoughts, end, rest = completion.rpartition("</think>")
-    if not end:
-        return "", completion.strip()
-    answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", rest, re.DOTALL)
-    return thoughts.strip().removeprefix("<think>").strip(), (answer[1] if answer else rest).strip()
+    """Thought and answer of a completion, the answer as the score stage reads it; no thought where it does not end."""
+    taught = prompts.parse(completion)
+    if taught:
+        return taught.thought, taught.answer
+    answer = prompts.answer_part(completion)
+    return completion.removesuffix(answer).removesuffix(prompts.END_OF_THOUGHT).strip(), answer.strip()
 
 
 def shorten(text: str) -> str:
@@ -487,132 +493,39 @@ def versions(logged: list[dict]) -> list[tuple[str, str]]:
 
 
 def machines(logged: list[dict]) -> list[dict[str, Any]]:
-    """The different machines and devices, each with the stages that ran there."""
+    """The different machines and ways to use them, each with the stages that ran so."""
     found: dict[tuple, list[str]] = {}
     for log in logged:
-        machine = log["machine"]
-        devices = f"{log['devices']} \u00d7 {log['device']}" if "devices" in log else ""
-        key = (machine["cpu"], machine["cores"], machine["system"], devices)
-        found.setdefault(key, []).append(log["stage"])
-    return [
-        {"cpu": cpu, "cores": cores, "system": system, "devices": devices, "stages": list(dict.fromkeys(ran))}
-        for (cpu, cores, system, devices), ran in found.items()
-    ]
-
-
-# Charts
-
-
-def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Round numbers (1, 2, 2.5 or 5 times a power of ten) that cover low to high.
-
-    The first is at or below low, the last at or above high, so they are the axis.
-    """
-    # Equal up to the four digits of a label: a constant, drawn as a level line.
-    if math.isclose(low, high, rel_tol=1e-3):
-        low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0, 1)
-    rough = (high - low) / wanted
-    power = 10 ** math.floor(math.log10(rough))
-    width = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.floor(low / width + 1e-9), math.ceil(high / width - 1e-9)
-    return [float(f"{index * width:.10g}") for index in range(first, last + 1)]
-
-
-def panel(title: str, x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
-    """Geometry of one curve in a box of 320 x 170 units: paths, ticks, and the first and last value.
-
-    From 40 points on, the curve is a running mean over a twentieth of them with the logged values behind it;
-    a long log is thinned to about 400 points by averaging neighbours.
-    """
-    import numpy as np
-
-    xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    bins = np.array_split(np.arange(len(xs)), min(len(xs), 400))
-    xs, ys = np.array([xs[part].mean() for part in bins]), np.array([ys[part].mean() for part in bins])
-    reach = len(ys) // 40 if len(ys) >= 40 else 0
-    smooth = np.array([ys[max(0, i - reach) : i + reach + 1].mean() for i in range(len(ys))])
-    # A single spike must not flatten the rest: with enough points, the axis leaves out the outermost per cent,
-    # and the box clips what lies beyond.
-    inner = np.quantile(ys, [0.01, 0.99]) if len(ys) >= 100 else ys
-    y_ticks = ticks(min(inner.min(), smooth.min()), max(inner.max(), smooth.max()))
-    # Short logs have whole steps only.
-    x_ticks = [tick for tick in ticks(xs[0], xs[-1]) if xs[0] <= tick <= xs[-1] and tick == int(tick)] or [xs[0]]
-    box = {"left": 46, "right": 312, "top": 8, "bottom": 146}
-    span = (xs[-1] - xs[0]) or 1
-
-    def across(value: float) -> float:
-        return round(box["left"] + (value - xs[0]) / span * (box["right"] - box["left"]), 1)
-
-    def up(value: float) -> float:
-        return round(
-            box["bottom"] - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (box["bottom"] - box["top"]), 1
-        )
-
-    def path(values: "np.ndarray") -> str:
-        return "M" + "L".join(f"{across(a)},{up(b)}" for a, b in zip(xs, values, strict=True))
-
-    return {
-        "title": title,
-        "box": box,
-        "raw": path(ys) if reach else "",
-        "line": path(smooth),
-        "dot": (across(xs[-1]), up(smooth[-1])),
-        "x_ticks": [(across(tick), number(tick)) for tick in x_ticks],
-        "y_ticks": [(up(tick), number(tick)) for tick in y_ticks],
-        "first": number(float(f"{smooth[0]:.3g}")),
-        "last": number(float(f"{smooth[-1]:.3g}")),
-    }
-
-
-def panels(kind: str, history: "pd.DataFrame") -> list[dict[str, Any]]:
-    """The curves of one phase: every known column that was logged, in the order of PANELS."""
-    drawn = []
-    for name, title in PANELS[kind].items():
-        pattern = re.compile(re.escape(name).replace(r"\{\}", "(.+)"))
-        for column in history.columns:
-            match = pattern.fullmatch(column)
-            logged = history[["step", column]].dropna() if match else history[:0]
-            if len(logged):
-                drawn.append(panel(title.format(*match.groups()), logged["step"], logged[column]))
-    return drawn
-
-
-def bars(params: Params, scores: dict) -> list[dict[str, Any]]:
-    """Accuracy per task and model with its interval, as percent of an axis that ends at a round share."""
-    charts = []
-    for task in params.tasks:
-        rows = [{"model": model, **scores[model, task]} for model in params.generate.models]
-        top = next(end for end in (0.05, 0.1, 0.2, 0.5, 1) if max(row["pass_at_1_high"] for row in rows) <= end)
-        charts.append({"task": task, "rows": rows, "top": top, "ticks": [top * part / 4 for part in range(5)]})
-    return charts
-
-
-def forest_axis(gains: list[dict]) -> dict[str, float]:
-    """The common axis of all gains: it includes 0 and every interval."""
-    axis = ticks(min([0, *(row["low"] for row in gains)]), max([0, *(row["high"] for row in gains)]))
-    return {"low": axis[0], "high": axis[-1], "span": axis[-1] - axis[0]}
+        times = f"{NBSP}\u00d7{NBSP}"
+        facts = {
+            **log["machine"],
+            "devices": f"{log['devices']}{times}{log.get('device_name', log['device'])}" if "devices" in log else "",
+            "hardware": log.get("hardware", ""),
+            "batch": f"{log['per_device_batch']}{times}{log['accumulation']}" if "per_device_batch" in log else "",
+        }
+        found.setdefault(tuple(facts.items()), []).append(log["stage"])
+    return [{**dict(facts), "stages": list(dict.fromkeys(ran))} for facts, ran in found.items()]
 
 
 # Writing
 
 
-def headline(params: Params, scores: dict, gains: list[dict], logged: list[dict]) -> dict[str, float]:
+def summary_metrics(params: Params, scores: dict, gains: list[dict], logged: list[dict]) -> dict[str, float]:
     """metrics.json: flat, about ten numbers, the columns of `dvc exp show`.
 
     One task: pass@1 of every model. Several: of the last model only, so that the table stays readable. What is
     claimed comes first, because a narrow terminal cuts the table off on the right.
     """
-    last, step = params.generate.models[-1], last_step(params)
+    last = params.generate.models[-1]
     one_task = len(params.tasks) == 1
     metrics: dict[str, float] = {}
     for task in params.tasks:
-        score = scores[last, task]
+        score, row = scores[last, task], gain_of(gains, task, last)
         shown = params.generate.models if one_task else [last]
         metrics |= {f"{task}.{model}": scores[model, task]["pass_at_1"] for model in shown}
-        for row in gains:
-            if step and (row["task"], row["before"], row["after"]) == (task, step.before, step.after):
-                metrics[f"{task}.gain"] = row["difference"]
-                metrics |= {f"{task}.gain_{end}": row[end] for end in ("low", "high")}
+        if row:
+            metrics[f"{task}.gain"] = row["difference"]
+            metrics |= {f"{task}.gain_{end}": row[end] for end in ("low", "high")}
         metrics |= {f"{task}.{last}_{end}": score[f"pass_at_1_{end}"] for end in ("low", "high")}
         if one_task:
             metrics |= {f"{task}.truncated": score["truncated"], f"{task}.mean_tokens": score["mean_tokens"]}
@@ -621,22 +534,22 @@ def headline(params: Params, scores: dict, gains: list[dict], logged: list[dict]
     return {name: round(value, 4) for name, value in metrics.items()}
 
 
-def running_steps(histories: dict[str, "pd.DataFrame"]) -> list["pd.DataFrame"]:
-    """The logs of several phases with a first column `phase` and one `step` that runs on: a line never folds back."""
-    offset, tables = 0, []
+def running_steps(histories: dict[str, "pd.DataFrame"]) -> "pd.DataFrame":
+    """The logs of one or more phases below each other, in a column `phase`; `step` runs on: a line never folds back."""
+    import pandas as pd
+
+    tables, offset = [], 0
     for phase, history in histories.items():
-        table = history.assign(step=history["step"].astype(int) + offset)
-        table.insert(0, "phase", phase)
-        offset = int(table["step"].max()) if len(table) else offset
-        tables.append(table)
-    return tables
+        tables.append(history.assign(phase=phase, step=history["step"].astype(int) + offset))
+        offset = max(tables[-1]["step"], default=offset)
+    return pd.concat(tables, ignore_index=True)
 
 
 def write_plots(params: Params, histories: dict[str, "pd.DataFrame"], scores: dict, folder: Path) -> None:
     """The CSV files that `plots` in dvc.yaml names. A kind of phase that the recipe lacks, or that
     logged nothing, has no file, and DVC skips its plots.
 
-    sft.csv and grpo.csv: phase, step and the trainer's columns; rewards/<name>.csv: phase, step, value;
+    sft.csv and grpo.csv: phase, step and the columns in PLOTTED; rewards/<name>.csv: phase, step, value;
     accuracy.csv: label, task, model, pass_at_1, low, high.
     """
     import pandas as pd
@@ -645,63 +558,26 @@ def write_plots(params: Params, histories: dict[str, "pd.DataFrame"], scores: di
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    wanted = {
-        "sft": ["loss", "mean_token_accuracy"],
-        "grpo": ["reward", "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std", "entropy"],
-    }
-    for kind, columns in wanted.items():
-        tables = running_steps({name: table for name, table in histories.items() if kind_of(params, name) == kind})
-        if not tables:
+    for kind, columns in PLOTTED.items():
+        logged = {name: log for name, log in histories.items() if kind_of(params, name) == kind and len(log)}
+        if not logged:
             continue
-        table = pd.concat(tables, ignore_index=True).dropna(axis=1, how="all")
-        if table.empty:
-            continue
+        table = running_steps(logged).dropna(axis=1, how="all")
         kept = [column for column in columns if column in table]
         table[["phase", "step", *kept]].dropna().to_csv(folder / f"{kind}.csv", index=False)
         for column in table.columns:
-            match = re.fullmatch("rewards/(.+)/mean", column)
-            if match:
+            if match := re.fullmatch("rewards/(.+)/mean", column):
                 (folder / "rewards").mkdir(exist_ok=True)
                 rows = table[["phase", "step", column]].rename(columns={column: "value"}).dropna()
                 rows.to_csv(folder / "rewards" / f"{match[1]}.csv", index=False)
-    pd.DataFrame(
-        [
-            {
-                "label": f"{task} / {model}",
-                "task": task,
-                "model": model,
-                "pass_at_1": scores[model, task]["pass_at_1"],
-                "low": scores[model, task]["pass_at_1_low"],
-                "high": scores[model, task]["pass_at_1_high"],
-            }
-            for task in params.tasks
-            for model in params.generate.models
-        ]
-    ).to_csv(folder / "accuracy.csv", index=False)
-
-
-def notes(params: Params, scores: dict, verdicts: dict, overlap: list[dict]) -> list[str]:
-    """What a reader must know before believing the headline."""
-    last = params.generate.models[-1]
-    found = [
-        f"{row['seen']} of {row['asked']} {row['task']} questions occur word for word in {row['dataset']}, "
-        f"which {row['phase']} was trained on."
-        for row in overlap
-        if row["seen"]
+    ends = {"pass_at_1": "pass_at_1", "low": "pass_at_1_low", "high": "pass_at_1_high"}
+    rows = [
+        {"label": f"{task} / {model}", "task": task, "model": model}
+        | {name: scores[model, task][key] for name, key in ends.items()}
+        for task in params.tasks
+        for model in params.generate.models
     ]
-    for task, settings in params.tasks.items():
-        if scores[last, task]["truncated"] > MANY_TRUNCATED:
-            found.append(
-                f"{percent(scores[last, task]['truncated'])} of the {task} samples of {last} were cut off at "
-                f"{settings.max_tokens} tokens."
-            )
-        counts = verdicts[last, task]["reason"].value_counts()
-        found += [
-            f"{counts[reason]} {task} samples of {last} could not be judged: {REASONS[reason]}."
-            for reason in ("gold_unparsed", "timeout", "error")
-            if reason in counts
-        ]
-    return found
+    pd.DataFrame(rows).to_csv(folder / "accuracy.csv", index=False)
 
 
 def hub_ids(origins: list[str]) -> list[str]:
@@ -711,108 +587,46 @@ def hub_ids(origins: list[str]) -> list[str]:
 
 def model_card(params: Params, scores: dict, sentences: list[str], logs: Path, questions: Path, commit: str) -> str:
     """README of the last model in the form the Hugging Face Hub reads: YAML front matter, then Markdown."""
-    from ruamel.yaml import YAML
-
-    last = params.generate.models[-1]
-    line = ancestors(params, last)
-    phases = [name for name in [*line[::-1], last] if name in params.phases]
-    root = [last, *line][-1]
+    root, *phases = [params.generate.models[-1], *ancestors(params, params.generate.models[-1])][::-1]
     base = read_json(logs / "download" / root / "stage.json")
     sets = [row for row in data_rows(params, phases, logs) if row["use"].startswith("training")]
-    front = {
-        "license": base["licence"].lower(),
-        "base_model": hub_ids([base["origin"]]),
-        "datasets": hub_ids([row["origin"] for row in sets]),
-        "language": ["en"],
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["reasoning", *dict.fromkeys(kind_of(params, name) for name in phases), "open-r1-pipeline"],
-    }
-    text = io.StringIO()
-    YAML().dump({key: value for key, value in front.items() if value}, text)
-    trained = [
-        f"{position}. `{name}`: {KINDS[kind_of(params, name)]} of `{params.phases[name].start_from}` "
-        f"on `{params.phases[name].dataset}`"
-        for position, name in enumerate(phases, 1)
-    ]
-    first_task, settings = next(iter(params.tasks.items()))
-    prompt = read_parquet(questions / f"{first_task}.parquet", ["prompt"])["prompt"].iloc[0]
-    messages = [{"role": message["role"], "content": message["content"]} for message in prompt]
-    sampling = (
-        f"do_sample=True, temperature={settings.temperature}, top_p={settings.top_p}"
-        if settings.temperature
-        else "do_sample=False"
+    task, sampling = next(iter(params.tasks.items()))
+    prompt = read_parquet(questions / f"{task}.parquet", ["prompt"])["prompt"].iloc[0]
+    return render(
+        "model_card.md.jinja",
+        params=params,
+        scores=scores,
+        sentences=sentences,
+        commit=commit,
+        last=params.generate.models[-1],
+        root=root,
+        base=base,
+        base_models=hub_ids([base["origin"]]),
+        sets=sets,
+        datasets=hub_ids([row["origin"] for row in sets]),
+        kinds=kinds(params, phases),
+        tags=["reasoning", *dict.fromkeys(kind_of(params, name) for name in phases), "open-r1-pipeline"],
+        messages=[{"role": message["role"], "content": message["content"]} for message in prompt],
+        sampling=sampling,
     )
-    lines = [
-        "---",
-        text.getvalue().rstrip(),
-        "---",
-        "",
-        f"# {last} ({params.recipe})",
-        "",
-        f"A model trained to think between `<think>` tags before it answers, made by the recipe `{params.recipe}` "
-        f"of open-r1-pipeline (seed {params.seed}, commit `{commit}`).",
-        "",
-        *sentences,
-        "",
-        "## Training",
-        "",
-        f"Started from `{root}` ({base['origin']}, revision `{base['revision'][:12]}`, {base['licence']}).",
-        "",
-        *trained,
-        "",
-        "| data | rows | origin | revision | licence |",
-        "|---|---:|---|---|---|",
-        *(
-            f"| {row['name']} | {row['rows']} | {row['origin']} | `{row['revision'][:12]}` | {row['licence']} |"
-            for row in sets
-        ),
-        "",
-        "## Scores",
-        "",
-        "| task | pass@1 | 95 % interval | strict | questions \u00d7 samples | temperature | top-p | max. tokens |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
-        *(
-            f"| {task} | {percent(score['pass_at_1'])} | {percent(score['pass_at_1_low'])} to "
-            f"{percent(score['pass_at_1_high'])} | {percent(score['strict_pass_at_1'])} | "
-            f"{score['n_questions']} \u00d7 {score['n_samples']} | {score['temperature']} | {score['top_p']} | "
-            f"{score['max_tokens']} |"
-            for task in params.tasks
-            for score in [scores[last, task]]
-        ),
-        "",
-        "The intervals cover the choice of questions and samples, not another run of the training.",
-        "",
-        "## Use",
-        "",
-        "The prompt below is the first evaluation question, exactly as the model was asked.",
-        "",
-        "```python",
-        "from transformers import pipeline",
-        "",
-        f'model = pipeline("text-generation", "data/models/{last}")',
-        f"messages = {json.dumps(messages, indent=4, ensure_ascii=False)}",
-        f"output = model(messages, max_new_tokens={settings.max_tokens}, {sampling})",
-        'print(output[0]["generated_text"][-1]["content"])',
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
 
 
-def render(**values: Any) -> str:
-    """report.html.jinja filled in; every value is escaped, because completions may hold anything."""
+def render(template: str, **values: Any) -> str:
+    """A template beside this file, filled in. HTML is escaped, because completions may hold anything."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=lambda name: str(name).endswith(".html.jinja"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    filters = (percent, points, bound, p_value, duration, memory, number)
+    filters = (percent, points, bound, p_value, duration, memory, charts.axis_label)
     environment.filters.update({function.__name__: function for function in filters})
-    return environment.get_template("report.html.jinja").render(**values)
+    environment.filters["json"] = partial(json.dumps, ensure_ascii=False)
+    return environment.get_template(template).render(**values)
 
 
 def main() -> None:
@@ -826,34 +640,33 @@ def main() -> None:
     args = parser.parse_args()
     params = load_params()
 
-    phases = trained_phases(params)
+    last, phases = params.generate.models[-1], trained_phases(params)
     pairs = [(model, task) for task in params.tasks for model in params.generate.models]
-    columns = ["id", "sample", "correct", "strict", "reason", "extracted", "gold"]
-    scores = {pair: read_json(args.scores / pair[0] / f"{pair[1]}.json") for pair in pairs}
+    scores = {(model, task): read_json(args.scores / model / f"{task}.json") for model, task in pairs}
     verdicts = {
-        (model, task): read_parquet(args.scores / model / f"{task}.parquet", columns).astype({"id": str})
-        for model, task in pairs
+        (model, task): read_parquet(args.scores / model / f"{task}.parquet", VERDICT_COLUMNS) for model, task in pairs
     }
     histories = {phase: read_history(args.logs / kind_of(params, phase) / phase / "history.csv") for phase in phases}
     logged = stage_logs(params, phases, args.logs)
-    gains = [gain(step, task, scores, verdicts) for task in params.tasks for step in steps(params)]
-    sentences, earlier = verdicts_in_words(params, gains, scores)
+    gains = [paired_gain(step, task, scores, verdicts) for task in params.tasks for step in steps(params)]
+    sentences = [verdict_sentence(task, last, scores, gains) for task in params.tasks]
+    taught = format_sentences(params, scores, gains)
     overlap = overlaps(params, phases, args.questions)
     commit, changed = git_state()
 
     write_plots(params, histories, scores, args.output / "plots")
     html = render(
+        "report.html.jinja",
         params=params,
         params_text=Path("params.yaml").read_text(),
         sentences=sentences,
-        earlier=earlier,
+        more=taught + [accuracy_sentence(row) for row in gains if row["after"] != last],
         notes=notes(params, scores, verdicts, overlap),
         gains=gains,
-        axis=forest_axis(gains),
-        bars=bars(params, scores),
-        curves=[
-            (name, KINDS[kind], panels(kind, histories[name])) for name in phases for kind in [kind_of(params, name)]
-        ],
+        axis=charts.forest_axis(gains),
+        bars=charts.bars(params, scores),
+        kinds=kinds(params, phases),
+        curves={phase: charts.panels(kind_of(params, phase), history) for phase, history in histories.items()},
         data=data_rows(params, phases, args.logs),
         models=model_rows(params, phases, args.logs),
         overlap=overlap,
@@ -870,8 +683,10 @@ def main() -> None:
     code = f"{commit} with uncommitted changes" if changed else commit
     card = model_card(params, scores, sentences, args.logs, args.questions, code)
     (args.output / "model_card.md").write_text(card)
-    args.metrics.write_text(json.dumps(headline(params, scores, gains, logged), indent=2) + "\n")
-    print(f"report: {' '.join(sentences)} ({args.output / 'report.html'})", flush=True)
+    args.metrics.write_text(json.dumps(summary_metrics(params, scores, gains, logged), indent=2) + "\n")
+    tables = "\n\n".join(result_table(params, task, scores, gains) for task in params.tasks)
+    said = "\n".join([*sentences, *taught, f"report: {args.output / 'report.html'}"])
+    print(f"\n{tables}\n\n{LEGEND}\n\n{said}".replace(NBSP, " ").replace(MINUS, "-"), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rewards: what a completion earns. Formulas as in Open-R1's final state (July 2025).
+"""Rewards: what a completion earns, after Open-R1's final state (July 2025).
 
 A reward takes the completions in chat form and the data columns as keywords, and returns one float per
 completion, or None where the row cannot be judged (TRL then leaves that reward out for the row).
@@ -44,7 +44,10 @@ def judged_part(text: str) -> str:
 
 
 def format(completions: list[Completion], **columns: Any) -> list[float | None]:
-    """1.0 where the whole text is `<think>\\n…\\n</think>\\n<answer>\\n…\\n</answer>`, else 0.0."""
+    """1.0 where the whole text is `<think>\\n…\\n</think>\\n<answer>\\n…\\n</answer>`, else 0.0.
+
+    Stricter than Open-R1's, whose pattern lets more lines follow: here the model has to stop after the answer.
+    """
     return [float(prompts.parse(completion[0]["content"]) is not None) for completion in completions]
 
 

@@ -85,7 +85,8 @@ def main() -> None:
         f"pass@1 {scores['pass_at_1']:.3f} [{scores['pass_at_1_low']:.3f}, {scores['pass_at_1_high']:.3f}], "
         f"{len(questions)} questions x {task.n_samples}"
     )
-    stage.record(args.log, "score", args.task, LIBRARIES, summary, samples=len(samples))
+    item = f"{args.output.parent.name} {args.task}"
+    stage.record(args.log, "score", item, LIBRARIES, summary, samples=len(samples))
 
 
 def in_order(samples: list[dict[str, Any]], ids: list[str], n_samples: int) -> list[dict[str, Any]]:
@@ -212,6 +213,8 @@ def aggregate(
     answers = np.array([one.extracted for one in judged], dtype=object).reshape(-1, n).tolist()
     interval = stats.mean_interval(correct)
     strict_interval = stats.mean_interval(strict)
+    taught = np.array([prompts.parse(text) is not None for text in texts], dtype=float).reshape(-1, n)
+    in_format = stats.mean_interval(taught)
     reasons = Counter(one.reason for one in judged)
     finished = Counter(sample["finish_reason"] for sample in samples)
     accuracies = {
@@ -226,7 +229,9 @@ def aggregate(
         f"pass_at_{n}": by_lighteval[f"pass_at_{n}"],
         # lighteval's own maj@n lets whole completions vote, thoughts included; ours the extracted answers.
         f"maj_at_{n}": stats.maj_at_n(answers, correct).mean(),
-        "format_rate": np.mean([prompts.parse(text) is not None for text in texts]),
+        "format_rate": in_format.mean,
+        "format_rate_low": in_format.low,
+        "format_rate_high": in_format.high,
         "truncated": finished["length"] / len(samples),
         "no_eos": 1 - finished["stop"] / len(samples),
         "unparsed": reasons["unparsed"] / len(samples),
@@ -244,6 +249,7 @@ def aggregate(
         "temperature": task.temperature,
         "top_p": task.top_p,
         "max_tokens": task.max_tokens,
+        "dtype": task.dtype,
         "seed": seed,
         "questions_sha256": _fingerprint(questions),
         **{f"version_{library}": version(library) for library in LIBRARIES},

@@ -43,8 +43,7 @@ def main() -> None:
         trainer.train()
         facts = finish(trainer, args.output, args.log)
     if trainer.accelerator.is_main_process:
-        loss = next(row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row)
-        summary = f"{facts['steps']} steps, loss {loss:.3f}, {facts['tokens_per_second']} tokens/s"
+        summary = f"{facts['steps']} steps, mean loss {facts['loss']:.3f}, {facts['tokens_per_second']} tokens/s"
         stage.record(args.log, "sft", args.phase, LIBRARIES, summary, **facts)
 
 

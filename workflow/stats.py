@@ -55,18 +55,20 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
     """Accuracy of a minus accuracy of b on the same questions, with a 95 % interval and p from Student's t.
 
     Questions are the units (paired differences of the questions' means; Miller, arXiv 2411.00640, section 4.2).
-    Two questions are added, one on which a is better by one sample and one on which b is: for one sample per
-    question this is the adjusted Wald interval of Bonett and Price (2012, doi 10.3102/1076998611411915). It keeps
-    the interval from shrinking to nothing where a and b agree on all of a few questions, and is nothing for many.
-    `mean` is the plain difference; `se` is that of the added data, from which the interval and p come.
+    With one sample per question, or where all questions differ by the same, two questions are added, one on which a
+    is better by one sample and one on which b is: the adjusted Wald interval of Bonett and Price (2012, doi
+    10.3102/1076998611411915). It keeps the interval from shrinking to nothing where a and b agree on all of a few
+    questions. `mean` is the plain difference; `se` is that of the data from which the interval and p come.
 
     Args:
         a, b: (Q, S) and (Q, S'), rows in the same order of questions.
     """
     if len(a) != len(b):
         raise ValueError(f"a has {len(a)} questions and b has {len(b)}; give the rows of the questions both have")
-    step = 1 / min(a.shape[1], b.shape[1])
-    differences = np.append(a.mean(axis=1) - b.mean(axis=1), [step, -step])
+    samples = min(a.shape[1], b.shape[1])
+    differences = a.mean(axis=1) - b.mean(axis=1)
+    if samples == 1 or np.ptp(differences) == 0:
+        differences = np.append(differences, [1 / samples, -1 / samples])
     centre = float(differences.mean())
     se = float(differences.std(ddof=1) / np.sqrt(len(differences)))
     freedom = len(differences) - 1

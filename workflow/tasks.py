@@ -1,4 +1,4 @@
-"""Our tasks as lighteval sees them: stored samples are replayed through its Pipeline, so the numbers are lighteval's.
+"""Our tasks as lighteval sees them: stored samples are replayed through its Pipeline, which aggregates the verdicts.
 
 Answers are judged before (workflow/score.py), all at once in killable processes; lighteval's metrics look the
 verdicts up. Nothing is downloaded, and nothing of lighteval's own tasks or normalisation can move a score.

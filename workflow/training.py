@@ -4,7 +4,6 @@ Imported inside the stages' main(): it needs transformers, and `--help` should n
 """
 
 import csv
-import json
 import resource
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from workflow import stage
-from workflow.launch import Hardware, divide
+from workflow.launch import Hardware, divide, hardware_name
 from workflow.params import Phase
 
 # They differ from run to run, so they go to stage.json and DVCLive but not into the history.
@@ -51,7 +50,7 @@ def trainer_options(
 
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; raises StageError when it cannot end a turn or render a chat."""
+    """The tokenizer of a model folder; raises StageError when it cannot render a chat."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -126,14 +125,19 @@ def finish(trainer: Trainer, output: Path, log: Path) -> dict[str, Any]:
     last = next(row for row in reversed(trainer.state.log_history) if "train_runtime" in row)
     tokens = max(row.get("num_tokens", 0) for row in trainer.state.log_history)
     facts = {
+        "hardware": hardware_name(),
+        "per_device_batch": trainer.args.per_device_train_batch_size,
+        "accumulation": trainer.args.gradient_accumulation_steps,
         "peak_memory_mib": round(peak),
         "devices": trainer.accelerator.num_processes,
         "device": str(trainer.args.device.type),
         "steps": trainer.state.global_step,
+        "loss": last["train_loss"],
         "train_seconds": round(last["train_runtime"], 1),
         "tokens": int(tokens),
         "tokens_per_second": round(tokens / last["train_runtime"]),
     }
     if facts["device"] == "cuda":
+        facts["device_name"] = torch.cuda.get_device_name()
         facts["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
-    return json.loads(json.dumps(facts))
+    return facts

@@ -20,7 +20,7 @@ def ran(output: str) -> set[str]:
 
 
 def test_first_run_makes_every_artifact(trained: Checkout) -> None:
-    assert len(ran(trained.first_run)) == 16
+    assert len(ran(trained.first_run)) == 17
     for model in MODELS:
         assert (trained.folder / "data/models" / model / "model.safetensors").is_file()
         assert not (trained.folder / "data/models" / model / "training_args.bin").exists()
@@ -71,6 +71,7 @@ def test_learning_rate_re_runs_grpo_and_what_follows_and_back_restores(trained: 
     before = (trained.folder / "dvc.lock").read_text()
     trained.edit("params.yaml", "learning_rate: 0.0003", "learning_rate: 0.0001")
     assert ran(trained.run("dvc repro")) == {
+        "check",
         "grpo@reasoning",
         "generate@reasoning-arithmetic",
         "score@reasoning-arithmetic",
@@ -86,7 +87,10 @@ def test_learning_rate_re_runs_grpo_and_what_follows_and_back_restores(trained: 
 
 def test_experiments_by_name_and_from_the_queue(trained: Checkout) -> None:
     trained.readme("dvc exp run -n b")
-    trained.readme("dvc exp run --queue")
+    trained.readme("dvc exp run --queue -S seed")
+    assert trained.run("dvc queue status").count("Queued") >= 3
+    trained.run("dvc queue remove --queued")  # three whole runs would take too long here
+    trained.readme("dvc exp run --queue -S grpo")
     trained.readme("dvc queue start")
     trained.run("for i in $(seq 400); do dvc queue status | grep -q 'Queued\\|Running' || break; sleep 1; done")
     rows = list(csv.DictReader(io.StringIO(trained.run("dvc exp show --csv 2>/dev/null"))))
@@ -161,14 +165,17 @@ def test_snakemake_gives_the_lock_of_dvc_repro(trained: Checkout, tmp_path: Path
 def test_a_mistake_stops_everything_with_one_sentence(
     trained: Checkout, tmp_path: Path, old: str, new: str, message: str
 ) -> None:
-    fresh = Checkout(tmp_path)
-    fresh.edit("params.yaml", old, new)
-    output = fresh.run("dvc repro", fails=True)
-    errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, output
-    assert message in errors[0]
-    assert "Traceback" not in output
-    assert not list((fresh.folder / "data").glob("*/*"))
+    """In a fresh checkout and in one where everything is cached."""
+    for checkout in (Checkout(tmp_path), trained):
+        checkout.edit("params.yaml", old, new)
+        output = checkout.run("dvc repro", fails=True)
+        checkout.run("git checkout -q params.yaml")
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, output
+        assert message in errors[0]
+        assert "Traceback" not in output
+        assert ran(output) == {"check"}
+    trained.run("dvc checkout -q")
 
 
 def test_bad_rows_are_dropped_counted_and_limited(trained: Checkout, tmp_path: Path) -> None:
@@ -194,6 +201,25 @@ def test_bad_rows_are_dropped_counted_and_limited(trained: Checkout, tmp_path: P
     checkout.edit("params.yaml", "format: bespoke_stratos", "format: bespoke_stratos\n    max_dropped_share: 0.01")
     output = checkout.run("dvc repro prepare@traces", fails=True)
     assert "kept 100 of 104 rows" in output
+
+
+@pytest.mark.parametrize("accelerate", ["zero2", "zero3"])
+def test_deepspeed_trains_and_exports_a_whole_model(trained: Checkout, tmp_path: Path, accelerate: str) -> None:
+    """The hardware file decides; the same phase under ZeRO ends near the loss it has under DDP."""
+    hardware = (trained.folder / "workflow/hardware/cpu.yaml").read_text()
+    (tmp_path / "zero.yaml").write_text(hardware.replace("accelerate: ddp", f"accelerate: {accelerate}"))
+    command = next(
+        line[2:] for line in trained.first_run.splitlines() if line.startswith("> python -m workflow.launch")
+    )
+    command = command.replace("--output data/models/cold_start", f"--output {tmp_path}/model")
+    trained.run(f"HARDWARE={tmp_path}/zero.yaml {command.replace('data/logs/sft/cold_start', f'{tmp_path}/log')}")
+    losses = []
+    for folder in (trained.folder / "data/logs/sft/cold_start", tmp_path / "log"):
+        rows = list(csv.DictReader((folder / "history.csv").open()))
+        losses.append([float(row["loss"]) for row in rows])
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    whole = trained.folder / "data/models/cold_start/model.safetensors"
+    assert (tmp_path / "model/model.safetensors").stat().st_size == pytest.approx(whole.stat().st_size, rel=0.01)
 
 
 @pytest.mark.skipif("DATA_DIR" not in os.environ, reason="set DATA_DIR to a folder with gsm8k/ and math_500/ (jsonl)")

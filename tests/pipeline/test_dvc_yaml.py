@@ -76,7 +76,7 @@ def closure(entry: str) -> set[str]:
 
 
 def test_what_is_looked_at():
-    assert list(ENTRIES) == ["download", "prepare", "sft", "grpo", "generate", "score", "report"]
+    assert list(ENTRIES) == ["check", "download", "prepare", "sft", "grpo", "generate", "score", "report"]
     assert {"tiny"} <= set(RECIPES) and {stage.entry for stage in STAGES.values()} == set(ENTRIES)
     assert imports("grpo", runs=True) >= {"stage", "params", "rewards", "training", "verify"}
     assert imports("grpo", runs=False) == {"stage", "params"}
@@ -120,13 +120,16 @@ def test_sections_of_the_params_that_are_read_are_listed(entry):
                 read |= {"sft", "grpo"} if node.attr == "phases" else {node.attr}
     listed = {param.split(".")[0] for param in body(entry)["params"] if isinstance(param, str)}
     assert read and read <= set(Params.model_fields)
-    assert read <= listed
+    assert read <= listed or {"params.yaml": None} in body(entry)["params"]  # check: the whole file
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_parameters_exist(name):
     """load_stages looks every one of them up, in params.yaml or pyproject.toml."""
     params = STAGES[name].params
+    if name == "check":
+        assert set(params) == {"params.yaml:"} and params["params.yaml:"]["recipe"] == "tiny"
+        return
     assert len(params) >= 3 and None not in params.values()
     files = {key.partition(":")[0] for key in params}
     assert files == {"params.yaml", "pyproject.toml"}
@@ -155,7 +158,10 @@ def test_one_name_per_thing(name):
     assert (ROOT / f"workflow/{stage.entry}.py").is_file()
     assert modules(stage.entry)[-1] == stage.entry
     logs = re.findall(r"--log (\S+)", stage.command)
-    assert [log.split("/")[:3] for log in logs] == ([] if stage.entry == "report" else [["data", "logs", stage.entry]])
+    assert [log.split("/")[:3] for log in logs] == (
+        # The report's own cost is not known while it is written, and what check writes never changes.
+        [] if stage.entry in ("check", "report") else [["data", "logs", stage.entry]]
+    )
     assert set(logs) <= set(stage.outs)
     assert all(out.startswith("data/") or out == "metrics.json" for out in stage.outs)
 
@@ -232,7 +238,7 @@ def test_recipe_composes_validates_and_resolves(recipe, checkout, tmp_path, monk
     assert {f"data/models/{model}" for model in params.generate.models} <= outs
     for stage in stages.values():
         assert "${" not in stage.command and "???" not in str(stage.params)
-        assert stage.upstream or stage.entry == "download"
+        assert stage.upstream or stage.entry == "check"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -113,10 +113,10 @@ def test_a_job_runs_the_stage_with_dvc(checkout, environment):
     values["grpo"] = {}
     values["generate"]["models"] = ["base"]
     YAML().dump(values, params)
-    assert dry_run(checkout, environment, STAMPS + name) == []
+    assert [job["rule"] for job in dry_run(checkout, environment, STAMPS + name)] == ["check"]
     values["sources"]["arithmetic"]["options"]["rows"] += 1
     YAML().dump(values, params)
-    assert [job["rule"] for job in dry_run(checkout, environment, STAMPS + name)] == ["download"]
+    assert [job["rule"] for job in dry_run(checkout, environment, STAMPS + name)] == ["check", "download"]
 
 
 def test_a_job_that_fails_leaves_no_stamp(checkout, environment):
@@ -125,5 +125,5 @@ def test_a_job_that_fails_leaves_no_stamp(checkout, environment):
     params.write_text(params.read_text().replace("seed: 42", "seed: fortytwo"))
     done = call(checkout, environment, "snakemake", "--cores", "1", STAMPS + name)
     assert done.returncode != 0
-    assert not (checkout / STAMPS / name).exists()
-    assert "error: params.yaml: seed is 'fortytwo'" in (checkout / f".scratch/logs/{name}.log").read_text()
+    assert not (checkout / STAMPS / "check").exists() and not (checkout / STAMPS / name).exists()
+    assert "error: params.yaml: seed is 'fortytwo'" in (checkout / ".scratch/logs/check.log").read_text()

@@ -31,7 +31,7 @@ grpo:
     trainer: {num_generations: 8, beta: 0}
 generate: {models: [base, reasoning]}
 tasks:
-  problems: {answer: number, n_samples: 4, temperature: 1, top_p: 0.95, max_tokens: 100}
+  problems: {answer: number, n_samples: 4, temperature: 1, top_p: 0.95, max_tokens: 100, dtype: float32}
 """
 
 

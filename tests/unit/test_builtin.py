@@ -95,7 +95,8 @@ def test_questions(tmp_path):
 @pytest.mark.parametrize("form", WRITERS)
 def test_seeded(tmp_path, form):
     first, again, other = (write(tmp_path / name, form, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
-    assert first == again != other
+    assert first == again
+    assert (first == other) == (form == "math")  # every seed is evaluated on the same questions
     assert len({json.dumps(row) for row in first}) == len(first)
     name = WRITERS[form][1]
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

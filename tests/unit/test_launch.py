@@ -6,7 +6,7 @@ import pytest
 
 from workflow import launch
 from workflow.launch import Hardware, PerDeviceBatch, check_batches, command, divide, load_hardware
-from workflow.params import NOT_IN_TRAINER, ParamsError, load_params, trainer_options
+from workflow.params import NOT_IN_TRAINER, ParamsError, load_params, option_types
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "workflow"
@@ -61,7 +61,7 @@ def test_every_hardware_file_loads(name, monkeypatch):
         "grpo": set(hardware.trainer) | set(hardware.grpo_trainer),
     }
     for kind, names in given.items():
-        assert names <= set(trainer_options(kind))
+        assert names <= set(option_types(kind))
         assert not names & {"seed", "output_dir", "per_device_train_batch_size", "learning_rate"}
 
 
@@ -108,9 +108,9 @@ def test_without_hardware_it_is_what_is_found(monkeypatch, value):
         monkeypatch.delenv("HARDWARE", raising=False)
     else:
         monkeypatch.setenv("HARDWARE", value)
-    assert launch.detect() in HARDWARE
+    assert launch.hardware_name() in HARDWARE
     found = load_hardware()
-    monkeypatch.setenv("HARDWARE", launch.detect())
+    monkeypatch.setenv("HARDWARE", launch.hardware_name())
     assert load_hardware() == found
 
 
@@ -157,11 +157,11 @@ def machine(processes: int, accelerate: str, threads: int = 1) -> Hardware:
     )
 
 
-def expected(processes: int, threads: int, config: str | None, stage: str) -> list[str]:
+def expected(processes: int, threads: int, config: str, stage: str) -> list[str]:
     head = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     head += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     head += ["--num_cpu_threads_per_process", str(threads), "--main_process_port", "0"]
-    head += ["--config_file", str(FOLDER / f"accelerate/{config}.yaml")] if config else []
+    head += ["--config_file", str(FOLDER / f"accelerate/{config}.yaml")]
     return [*head, "-m", f"workflow.{stage}", "cold_start", "--model", "m"]
 
 
@@ -169,8 +169,8 @@ def expected(processes: int, threads: int, config: str | None, stage: str) -> li
     ("hardware", "arguments"),
     [
         (machine(2, "ddp"), (2, 1, "ddp")),
-        (machine(1, "ddp"), (1, 1, None)),
-        (machine(1, "ddp", threads=4), (1, 4, None)),
+        (machine(1, "ddp"), (1, 1, "ddp")),
+        (machine(1, "ddp", threads=4), (1, 4, "ddp")),
         (machine(1, "zero2"), (1, 1, "zero2")),
         (machine(8, "zero2"), (8, 1, "zero2")),
         (machine(2, "zero3"), (2, 1, "zero3")),

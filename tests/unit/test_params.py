@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from workflow.download import check_paths
 from workflow.launch import Hardware, PerDeviceBatch, check_batches
-from workflow.params import NOT_IN_TRAINER, ParamsError, load_params, trainer_options
+from workflow.params import NOT_IN_TRAINER, ParamsError, check_paths, load_params, option_types
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(file.stem for file in (ROOT / "workflow").glob("*.py") if file.stem != "__init__")
@@ -299,11 +298,11 @@ def test_global_batch_over_processes(sound, write_params, size, processes, says)
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
-def test_trainer_options_are_the_fields_of_the_installed_trl(kind):
+def test_option_types_are_the_fields_of_the_installed_trl(kind):
     """Imports trl, which workflow.params avoids."""
     trl = pytest.importorskip("trl")
     config = {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig}[kind]
-    options = trainer_options(kind)
+    options = option_types(kind)
     assert set(options) == {field.name for field in dataclasses.fields(config) if field.init}
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     assert defaults["learning_rate"] > 0
@@ -314,16 +313,16 @@ def test_trainer_options_are_the_fields_of_the_installed_trl(kind):
 
 
 def test_suggestions_are_options():
-    options = trainer_options("grpo")
+    options = option_types("grpo")
     assert {"beta", "num_generations", "learning_rate", "max_steps"} <= set(options)
-    assert options["learning_rate"] == {"float"} and "num_generations" not in trainer_options("sft")
+    assert options["learning_rate"] == {"float"} and "num_generations" not in option_types("sft")
     assert difflib.get_close_matches("learning_rat", options, 3)[0] == "learning_rate"
 
 
 @pytest.mark.parametrize(
     ("spoils", "code", "out", "error"),
     [
-        ({}, 0, "params.yaml is sound: recipe small, phases cold_start, reasoning\n", ""),
+        ({}, 0, "check: params.yaml is sound: recipe small, phases cold_start, reasoning\n", ""),
         ({"sede": 1}, 1, "", "error: params.yaml: sede is not a known key; write seed\n"),
         (
             {"sources.problems.path": "/no/such"},
@@ -339,7 +338,7 @@ def test_command_checks_everything(sound, write_params, tmp_path, environment, s
     for where, value in spoils.items():
         spoil(sound, where, value)
     write_params(sound)
-    command = [sys.executable, "-m", "workflow.params"]
+    command = [sys.executable, "-m", "workflow.check", "--output", "ok.txt"]
     done = subprocess.run(command, cwd=tmp_path, env=environment | {"HARDWARE": "cpu"}, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, out)
     assert done.stderr.startswith(error) and done.stderr.count("\n") == code

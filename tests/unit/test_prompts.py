@@ -1,6 +1,11 @@
+from pathlib import Path
+
 import pytest
+import yaml
 
 from workflow import prompts
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_what_is_built_is_parsed():
@@ -34,7 +39,8 @@ def test_answer_part_of_a_text_without_thought_is_the_text():
 
 
 def test_system_prompt_is_open_r1s():
-    assert prompts.R1_SYSTEM_PROMPT == (
+    recipe = yaml.safe_load((ROOT / "recipes/recipe/gsm8k_local.yaml").read_text())
+    assert recipe["system_prompt"] == (
         "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
         "assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
         "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "

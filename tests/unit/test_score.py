@@ -19,7 +19,7 @@ from workflow.stats import mean_interval, pass_at_k
 from workflow.verify import Verifier, gold_text
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = {"n_samples": 4, "temperature": 1.0, "top_p": 0.95, "max_tokens": 100}
+SETTINGS = {"n_samples": 4, "temperature": 1.0, "top_p": 0.95, "max_tokens": 100, "dtype": "float32"}
 
 # Four samples of five questions: what is in the file, then correct, strict, reason.
 LATEX = {
