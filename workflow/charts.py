@@ -5,10 +5,11 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from workflow.params import Params
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
 MINUS = "\u2212"
@@ -94,8 +95,6 @@ def panels(kind: str, history: "pd.DataFrame") -> list[dict[str, Any]]:
 
 def panel(title: str, x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
     """Geometry of one curve in BOX: paths, ticks, and the first and last value."""
-    import numpy as np
-
     xs, ys = thinned(np.asarray(x, dtype=float)), thinned(np.asarray(y, dtype=float))
     smooth = running_mean(ys)
     # A single spike must not flatten the rest: with enough points, the axis leaves out the outermost per cent,
@@ -112,7 +111,7 @@ def panel(title: str, x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
         share = (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return round(BOX["bottom"] - share * (BOX["bottom"] - BOX["top"]), 1)
 
-    def path(values: "np.ndarray") -> str:
+    def path(values: np.ndarray) -> str:
         return "M" + "L".join(f"{across(a)},{up(b)}" for a, b in zip(xs, values, strict=True))
 
     return {
@@ -128,17 +127,13 @@ def panel(title: str, x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def thinned(values: "np.ndarray") -> "np.ndarray":
+def thinned(values: np.ndarray) -> np.ndarray:
     """A long log as about 400 means of neighbours."""
-    import numpy as np
-
     return np.array([part.mean() for part in np.array_split(values, min(len(values), 400))])
 
 
-def running_mean(values: "np.ndarray") -> "np.ndarray":
+def running_mean(values: np.ndarray) -> np.ndarray:
     """The mean over a twentieth of the values around each; fewer than 40 values stay as they are."""
-    import numpy as np
-
     reach = len(values) // 40
     if not reach:
         return values

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 NBSP = "\u00a0"
 
+ENDS = ("", "_low", "_high")  # of a share's name in a score file: the estimate and its 95 % interval
+
 # Below this pass@1 a model solves so little that a difference says nothing about what it learned.
 NEAR_ZERO = 0.02
 # Above this share, cut-off samples are worth a warning beside the verdict.
@@ -41,10 +43,6 @@ REASONS = {
     "timeout": "comparing the answers took too long",
     "error": "comparing the answers failed",
 }
-
-LEGEND = "In percent with the 95 % interval; gain in points over the model it was trained from, same questions."
-
-VERDICT_COLUMNS = ["id", "sample", "correct", "strict", "reason", "extracted", "gold", "tokens", "finish_reason"]
 
 # The columns of plots/sft.csv and plots/grpo.csv that `plots` in dvc.yaml names; rewards have a file each.
 PLOTTED = {
@@ -110,19 +108,15 @@ def read_json(file: Path) -> dict[str, Any]:
         raise stage.StageError(f"{file} is not JSON ({error}); delete it and run its stage again") from None
 
 
-def read_parquet(file: Path, columns: list[str]) -> "pd.DataFrame":
-    """The named columns of a parquet file; a StageError where it is missing."""
+def read_parquet(file: Path, columns: list[str] | None = None) -> "pd.DataFrame":
+    """A parquet file, or the named columns of it; a StageError where it is missing."""
     import pandas as pd
 
     return pd.read_parquet(existing(file), columns=columns)
 
 
 def read_history(file: Path) -> "pd.DataFrame":
-    """The trainer's log: one row per logged step, numbers only, sorted by step.
-
-    Raises:
-        StageError: the file is missing or has no column `step`.
-    """
+    """The trainer's log: one row per logged step, numbers only, sorted by step; a StageError where it is not one."""
     import pandas as pd
 
     history = pd.read_csv(existing(file))
@@ -144,11 +138,8 @@ def git_state() -> tuple[str, list[str]]:
 
     Only what the run is made of counts: dvc.lock and metrics.json change with every run.
     """
-    if shutil.which("git") is None:
-        return "not a git checkout", []
     git = partial(subprocess.run, capture_output=True, text=True)
-    head = git(["git", "rev-parse", "--verify", "HEAD"])
-    if head.returncode:
+    if shutil.which("git") is None or (head := git(["git", "rev-parse", "--verify", "HEAD"])).returncode:
         return "not a git checkout", []
     inputs = ["workflow", "dvc.yaml", "params.yaml", "pyproject.toml"]
     status = git(["git", "status", "--porcelain", "--", *inputs], check=True).stdout
@@ -255,11 +246,6 @@ def gain_of(gains: list[dict], task: str, model: str) -> dict[str, Any] | None:
 # Verdicts
 
 
-def interval(score: dict, name: str) -> str:
-    """`95 % interval 53.6 % to 58.0 %` of a share in a score file."""
-    return f"95{NBSP}% interval {percent(score[f'{name}_low'])} to {percent(score[f'{name}_high'])}"
-
-
 def accuracy_sentence(row: dict[str, Any]) -> str:
     """What a gain says, in one or two honest sentences."""
     change = f"from {percent(row['pass_before'])} to {percent(row['pass_after'])}"
@@ -284,19 +270,25 @@ def verdict_sentence(task: str, model: str, scores: dict, gains: list[dict]) -> 
     row, score = gain_of(gains, task, model), scores[model, task]
     if row:
         return accuracy_sentence(row)
-    return f"{model} reaches {percent(score['pass_at_1'])} pass@1 on {task} ({interval(score, 'pass_at_1')})."
+    return (
+        f"{model} reaches {percent(score['pass_at_1'])} pass@1 on {task} (95{NBSP}% interval "
+        f"{percent(score['pass_at_1_low'])} to {percent(score['pass_at_1_high'])})."
+    )
 
 
 def format_sentences(params: Params, scores: dict, gains: list[dict]) -> list[str]:
     """A sentence for every step that raised the share in the taught format: the two intervals do not overlap."""
-    rows = [gain_of(gains, task, model) for task in params.tasks for model in params.generate.models]
     found = []
+    rows = [gain_of(gains, task, model) for task in params.tasks for model in params.generate.models]
     for row in filter(None, rows):
         before, after = (scores[row[model], row["task"]] for model in ("before", "after"))
         if after["format_rate_low"] > before["format_rate_high"]:
-            ends = [f"{percent(one['format_rate'])} ({interval(one, 'format_rate')})" for one in (before, after)]
-            change = f"from {ends[0]} to {ends[1]}"
-            found.append(f"{row['how']} raised the share of {row['task']} answers in the taught format {change}.")
+            change = f"from {percent(before['format_rate'])} to {percent(after['format_rate'])}"
+            ends = [f"{bound(one['format_rate_low'])} to {bound(one['format_rate_high'])}" for one in (before, after)]
+            evidence = f"(95{NBSP}% intervals {ends[0]} and {ends[1]})"
+            found.append(
+                f"{row['how']} raised the share of {row['task']} answers in the taught format {change} {evidence}."
+            )
     return found
 
 
@@ -310,10 +302,10 @@ def notes(params: Params, scores: dict, verdicts: dict, overlap: list[dict]) -> 
         if row["seen"]
     ]
     for task, settings in params.tasks.items():
-        if scores[last, task]["truncated"] > MANY_TRUNCATED:
+        share = scores[last, task]["truncated"]
+        if share > MANY_TRUNCATED:
             found.append(
-                f"{percent(scores[last, task]['truncated'])} of the {task} samples of {last} were cut off at "
-                f"{settings.max_tokens} tokens."
+                f"{percent(share)} of the {task} samples of {last} were cut off at {settings.max_tokens} tokens."
             )
         counts = verdicts[last, task]["reason"].value_counts()
         found += [
@@ -331,22 +323,19 @@ def result_table(params: Params, task: str, scores: dict, gains: list[dict]) -> 
         f"{task}: {last['n_questions']} questions x {last['n_samples']} samples, temperature {last['temperature']}, "
         f"top-p {last['top_p']}, {last['dtype']}, at most {last['max_tokens']} tokens"
     )
-    rows = [("model", "by", "pass@1", "format", "gain", "tokens")]
+    rows = [("model", "by", "pass@1 %", "format %", "gain, points", "tokens")]
     for model in params.generate.models:
         score, row = scores[model, task], gain_of(gains, task, model)
-        cells = [
-            "{:.1f} [{:5.1f}, {:5.1f}]".format(*(100 * score[f"{name}{end}"] for end in ("", "_low", "_high")))
-            for name in ("pass_at_1", "format_rate")
-        ]
-        ends = [bound(row[end]) for end in ("low", "high")] if row else []
-        cells.append(f"{points(row['difference'])} [{ends[0]:>5}, {ends[1]:>5}]" if row else "-")
-        rows.append((model, row["how"] if row else "-", *cells, f"{score['mean_tokens']:.1f}"))
+        shares = (with_interval(*(bound(score[name + end]) for end in ENDS)) for name in ("pass_at_1", "format_rate"))
+        gain = with_interval(points(row["difference"]), bound(row["low"]), bound(row["high"])) if row else "-"
+        rows.append((model, row["how"] if row else "-", *shares, gain, f"{score['mean_tokens']:.1f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(f"{cell:{'<' if index < 2 else '>'}{widths[index]}}" for index, cell in enumerate(row))
-        for row in rows
-    ]
+    lines = ["  ".join(map("{:{}{}}".format, row, "<<>>>>", widths)) for row in rows]
     return "\n".join([title, "", *lines])
+
+
+def with_interval(value: str, low: str, high: str) -> str:
+    return f"{value} [{low:>5}, {high:>5}]"
 
 
 # Data
@@ -375,26 +364,15 @@ def data_rows(params: Params, phases: list[str], logs: Path) -> list[dict[str, A
         not_drawn = log["rows_in"] - sum(dropped.values()) - log["rows"]
         uses = [f"training {phase}" for phase in phases if params.phases[phase].dataset == name]
         uses += ["evaluation"] if name in params.tasks else []
-        rows.append(
-            {
-                "name": name,
-                "use": ", ".join(uses) or "not used",
-                "rows_in": log["rows_in"],
-                "rows": log["rows"],
-                "dropped": {**dropped, "not drawn": not_drawn} if not_drawn else dropped,
-                **{key: origin[key] for key in ("origin", "revision", "licence")},
-            }
-        )
+        dropped |= {"not drawn": not_drawn} if not_drawn else {}
+        rows.append({**origin, **log, "name": name, "use": ", ".join(uses) or "not used", "dropped": dropped})
     return rows
 
 
 def model_rows(params: Params, phases: list[str], logs: Path) -> list[dict[str, Any]]:
     """One row per model: a source with its origin, or a phase with what it was trained from and on."""
-    rows = []
-    for name, source in params.sources.items():
-        if source.into == "models":
-            log = read_json(logs / "download" / name / "stage.json")
-            rows.append({"name": name, **{key: log[key] for key in ("origin", "revision", "licence")}})
+    sources = [name for name, source in params.sources.items() if source.into == "models"]
+    rows = [{**read_json(logs / "download" / name / "stage.json"), "name": name} for name in sources]
     for name, kind in kinds(params, phases).items():
         made = f"{kind} of {params.phases[name].start_from} on {params.phases[name].dataset}"
         rows.append({"name": name, "origin": made, "revision": "", "licence": ""})
@@ -446,7 +424,7 @@ def pick_samples(params: Params, questions: Path, samples: Path, verdicts: dict)
 
 
 def split_thoughts(completion: str) -> tuple[str, str]:
-    """Thought and answer of a completion, the answer as the score stage reads it; no thought where it does not end."""
+    """Thought and answer of a completion; no thought where it does not end."""
     taught = prompts.parse(completion)
     if taught:
         return taught.thought, taught.answer
@@ -565,19 +543,20 @@ def write_plots(params: Params, histories: dict[str, "pd.DataFrame"], scores: di
         table = running_steps(logged).dropna(axis=1, how="all")
         kept = [column for column in columns if column in table]
         table[["phase", "step", *kept]].dropna().to_csv(folder / f"{kind}.csv", index=False)
-        for column in table.columns:
-            if match := re.fullmatch("rewards/(.+)/mean", column):
-                (folder / "rewards").mkdir(exist_ok=True)
-                rows = table[["phase", "step", column]].rename(columns={column: "value"}).dropna()
-                rows.to_csv(folder / "rewards" / f"{match[1]}.csv", index=False)
-    ends = {"pass_at_1": "pass_at_1", "low": "pass_at_1_low", "high": "pass_at_1_high"}
+        rewards = {
+            match[1]: match[0] for match in map(re.compile("rewards/(.+)/mean").fullmatch, table.columns) if match
+        }
+        for name, column in rewards.items():
+            (folder / "rewards").mkdir(exist_ok=True)
+            rows = table[["phase", "step"]].assign(value=table[column]).dropna()
+            rows.to_csv(folder / "rewards" / f"{name}.csv", index=False)
     rows = [
-        {"label": f"{task} / {model}", "task": task, "model": model}
-        | {name: scores[model, task][key] for name, key in ends.items()}
+        (f"{task} / {model}", task, model, *(scores[model, task][f"pass_at_1{end}"] for end in ENDS))
         for task in params.tasks
         for model in params.generate.models
     ]
-    pd.DataFrame(rows).to_csv(folder / "accuracy.csv", index=False)
+    columns = ["label", "task", "model", "pass_at_1", "low", "high"]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / "accuracy.csv", index=False)
 
 
 def hub_ids(origins: list[str]) -> list[str]:
@@ -585,33 +564,29 @@ def hub_ids(origins: list[str]) -> list[str]:
     return list(dict.fromkeys(origin for origin in origins if re.fullmatch(r"[\w.-]+/[\w.-]+", origin)))
 
 
-def model_card(params: Params, scores: dict, sentences: list[str], logs: Path, questions: Path, commit: str) -> str:
-    """README of the last model in the form the Hugging Face Hub reads: YAML front matter, then Markdown."""
-    root, *phases = [params.generate.models[-1], *ancestors(params, params.generate.models[-1])][::-1]
+def card_values(params: Params, logs: Path, questions: Path) -> dict[str, Any]:
+    """What the model card of the last model says beside what the page does."""
+    last = params.generate.models[-1]
+    root, *phases = [last, *ancestors(params, last)][::-1]
     base = read_json(logs / "download" / root / "stage.json")
     sets = [row for row in data_rows(params, phases, logs) if row["use"].startswith("training")]
     task, sampling = next(iter(params.tasks.items()))
     prompt = read_parquet(questions / f"{task}.parquet", ["prompt"])["prompt"].iloc[0]
-    return render(
-        "model_card.md.jinja",
-        params=params,
-        scores=scores,
-        sentences=sentences,
-        commit=commit,
-        last=params.generate.models[-1],
-        root=root,
-        base=base,
-        base_models=hub_ids([base["origin"]]),
-        sets=sets,
-        datasets=hub_ids([row["origin"] for row in sets]),
-        kinds=kinds(params, phases),
-        tags=["reasoning", *dict.fromkeys(kind_of(params, name) for name in phases), "open-r1-pipeline"],
-        messages=[{"role": message["role"], "content": message["content"]} for message in prompt],
-        sampling=sampling,
-    )
+    return {
+        "last": last,
+        "root": root,
+        "base": base,
+        "base_models": hub_ids([base["origin"]]),
+        "sets": sets,
+        "datasets": hub_ids([row["origin"] for row in sets]),
+        "kinds": kinds(params, phases),
+        "tags": ["reasoning", *dict.fromkeys(kind_of(params, name) for name in phases), "open-r1-pipeline"],
+        "messages": [{"role": message["role"], "content": message["content"]} for message in prompt],
+        "sampling": sampling,
+    }
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, values: dict[str, Any]) -> str:
     """A template beside this file, filled in. HTML is escaped, because completions may hold anything."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -626,7 +601,7 @@ def render(template: str, **values: Any) -> str:
     filters = (percent, points, bound, p_value, duration, memory, charts.axis_label)
     environment.filters.update({function.__name__: function for function in filters})
     environment.filters["json"] = partial(json.dumps, ensure_ascii=False)
-    return environment.get_template(template).render(**values)
+    return environment.get_template(template).render(values)
 
 
 def main() -> None:
@@ -643,50 +618,50 @@ def main() -> None:
     last, phases = params.generate.models[-1], trained_phases(params)
     pairs = [(model, task) for task in params.tasks for model in params.generate.models]
     scores = {(model, task): read_json(args.scores / model / f"{task}.json") for model, task in pairs}
-    verdicts = {
-        (model, task): read_parquet(args.scores / model / f"{task}.parquet", VERDICT_COLUMNS) for model, task in pairs
-    }
+    verdicts = {(model, task): read_parquet(args.scores / model / f"{task}.parquet") for model, task in pairs}
     histories = {phase: read_history(args.logs / kind_of(params, phase) / phase / "history.csv") for phase in phases}
     logged = stage_logs(params, phases, args.logs)
     gains = [paired_gain(step, task, scores, verdicts) for task in params.tasks for step in steps(params)]
     sentences = [verdict_sentence(task, last, scores, gains) for task in params.tasks]
     taught = format_sentences(params, scores, gains)
+    metrics = summary_metrics(params, scores, gains, logged)
     overlap = overlaps(params, phases, args.questions)
     commit, changed = git_state()
 
     write_plots(params, histories, scores, args.output / "plots")
-    html = render(
-        "report.html.jinja",
-        params=params,
-        params_text=Path("params.yaml").read_text(),
-        sentences=sentences,
-        more=taught + [accuracy_sentence(row) for row in gains if row["after"] != last],
-        notes=notes(params, scores, verdicts, overlap),
-        gains=gains,
-        axis=charts.forest_axis(gains),
-        bars=charts.bars(params, scores),
-        kinds=kinds(params, phases),
-        curves={phase: charts.panels(kind_of(params, phase), history) for phase, history in histories.items()},
-        data=data_rows(params, phases, args.logs),
-        models=model_rows(params, phases, args.logs),
-        overlap=overlap,
-        samples=pick_samples(params, args.questions, args.samples, verdicts),
-        logged=logged,
-        total_seconds=sum(log["seconds"] for log in logged),
-        peak_memory=max(log["peak_memory_mib"] for log in logged),
-        versions=versions(logged),
-        machines=machines(logged),
-        commit=commit,
-        changed=changed,
-    )
-    (args.output / "report.html").write_text(html)
-    code = f"{commit} with uncommitted changes" if changed else commit
-    card = model_card(params, scores, sentences, args.logs, args.questions, code)
-    (args.output / "model_card.md").write_text(card)
-    args.metrics.write_text(json.dumps(summary_metrics(params, scores, gains, logged), indent=2) + "\n")
+    values = {
+        "params": params,
+        "params_text": Path("params.yaml").read_text(),
+        "sentences": sentences,
+        "more": taught + [accuracy_sentence(row) for row in gains if row["after"] != last],
+        "notes": notes(params, scores, verdicts, overlap),
+        "scores": scores,
+        "metrics": metrics,
+        "gains": gains,
+        "axis": charts.forest_axis(gains),
+        "bars": charts.bars(params, scores),
+        "kinds": kinds(params, phases),
+        "curves": {phase: charts.panels(kind_of(params, phase), history) for phase, history in histories.items()},
+        "data": data_rows(params, phases, args.logs),
+        "models": model_rows(params, phases, args.logs),
+        "overlap": overlap,
+        "samples": pick_samples(params, args.questions, args.samples, verdicts),
+        "logged": logged,
+        "versions": versions(logged),
+        "machines": machines(logged),
+        "commit": commit,
+        "changed": changed,
+    }
+    page = args.output / "report.html"
+    page.write_text(render("report.html.jinja", values))
+    card = values | card_values(params, args.logs, args.questions)
+    (args.output / "model_card.md").write_text(render("model_card.md.jinja", card))
+    args.metrics.write_text(json.dumps(metrics, indent=2) + "\n")
+
     tables = "\n\n".join(result_table(params, task, scores, gains) for task in params.tasks)
-    said = "\n".join([*sentences, *taught, f"report: {args.output / 'report.html'}"])
-    print(f"\n{tables}\n\n{LEGEND}\n\n{said}".replace(NBSP, " ").replace(MINUS, "-"), flush=True)
+    legend = "In brackets: 95 % intervals. Gains are over the model it was trained from, paired by question."
+    text = "\n".join(["", tables, "", legend, "", *sentences, *taught, f"report: {page}"])
+    print(text.replace(NBSP, " ").replace(MINUS, "-"), flush=True)
 
 
 if __name__ == "__main__":
