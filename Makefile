@@ -38,6 +38,7 @@ ifneq ($(RECIPE)$(SET),)
 	@python -m workflow.compose $(if $(RECIPE),recipe=$(RECIPE)) $(SET)
 endif
 	dvc repro
+	@printf '\n' && cat data/report/report.txt
 
 test: install ## Run every test (about 15 minutes on 2 cores)
 	pytest

@@ -661,7 +661,9 @@ def main() -> None:
     tables = "\n\n".join(result_table(params, task, scores, gains) for task in params.tasks)
     legend = "In brackets: 95 % intervals. Gains are over the model it was trained from, paired by question."
     text = "\n".join(["", tables, "", legend, "", *sentences, *taught, f"report: {page}"])
-    print(text.replace(NBSP, " ").replace(MINUS, "-"), flush=True)
+    text = text.replace(NBSP, " ").replace(MINUS, "-")
+    (args.output / "report.txt").write_text(text + "\n")
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ def test_first_run_makes_every_artifact(trained: Checkout) -> None:
     metrics = json.loads((trained.folder / "metrics.json").read_text())
     assert all(isinstance(value, int | float) for value in metrics.values())
     assert 8 <= len(metrics) <= 12
+    table = (trained.folder / "data/report/report.txt").read_text()
+    assert trained.first_run.endswith(table)
+    assert all(any(line.startswith(model) for line in table.splitlines()) for model in MODELS)
     report = (trained.folder / "data/report/report.html").read_text()
     assert "arithmetic" in report
     assert 'src="http' not in report
@@ -109,6 +112,8 @@ def test_experiments_by_name_and_from_the_queue(trained: Checkout) -> None:
 
 
 def test_reading_the_results(trained: Checkout) -> None:
+    trained.readme("source .venv/bin/activate")
+    assert "reasoning" in trained.readme("cat data/report/report.txt")
     assert "arithmetic.reasoning" in trained.readme("dvc metrics show")
     trained.readme("dvc plots show")
     page = (trained.folder / "dvc_plots/index.html").read_text()
