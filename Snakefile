@@ -7,9 +7,13 @@ STAMP = ".scratch/stamps/{stage}"
 
 
 def upstream(wildcards):
-    stamps = {name: STAMP.format(stage=name) for name in STAGES[wildcards.stage].upstream}
+    stamps = {
+        name: STAMP.format(stage=name) for name in STAGES[wildcards.stage].upstream
+    }
     # The check has to come first, but a new one makes nothing run again: its output never changes.
-    return [ancient(stamp) if name == "check" else stamp for name, stamp in stamps.items()]
+    return [
+        ancient(stamp) if name == "check" else stamp for name, stamp in stamps.items()
+    ]
 
 
 def code(wildcards):
