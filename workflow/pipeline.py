@@ -1,6 +1,7 @@
 """dvc.yaml resolved for other runners: which stages there are, what each needs, and with which parameters.
 
-Pure: it reads dvc.yaml, params.yaml and pyproject.toml, takes no lock, never looks at dvc.lock or at data/.
+`load_stages` is pure: it reads dvc.yaml, params.yaml and pyproject.toml, takes no lock, never looks at dvc.lock or at
+data/.
 """
 
 import tomllib
@@ -57,6 +58,14 @@ def load_stages(root: Path = Path()) -> dict[str, Stage]:
             params=_params(stage.get("params", []), values),
         )
     return stages
+
+
+def made(name: str, root: Path = Path()) -> str:
+    """What dvc.lock says that a stage made: a path and its hash per line."""
+    import yaml
+
+    outs = yaml.safe_load((root / "dvc.lock").read_text())["stages"][name]["outs"]
+    return "".join(f"{out['path']} {out['md5']}\n" for out in outs)
 
 
 def _path(entry: str | dict[str, Any]) -> str:
