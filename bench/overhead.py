@@ -19,7 +19,7 @@ import psutil
 
 from workflow import launch
 
-REPEATS = 3
+REPEATS = 2
 MODELS = Path("data/models")
 PREPARED = Path("data/prepared")
 CASES = {
