@@ -22,7 +22,7 @@ $(INSTALLED): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; v = tuple(sys.version_info[:2]); sys.exit(None if v == (3, 11) else \
 	  "error: the locked wheels need Python 3.11, $(PYTHON) is %d.%d; install it and write PYTHON=/path/to/python3.11" % v)'
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing $(LOCK): about 4 GB, 3 to 5 minutes"
+	@echo "installing $(LOCK): 4.5 GB, a few minutes"
 ifeq ($(LOCK),requirements/cpu.txt)
 	@# Where the configured indexes lack torch's CPU build, uv knows the index of the PyTorch project.
 	@$(PIP) --requirement requirements/cpu.override.txt 2>/dev/null || \

@@ -99,7 +99,10 @@ def _question(row: dict, task_name: str) -> Doc:
 
 
 class _StoredSamples(LightevalModel):
-    """A model that says what is in the samples file."""
+    """A model that says what is in the samples file.
+
+    lighteval's base class wants the other members too; a generative task never uses them, so they refuse.
+    """
 
     def __init__(self, completions: dict[str, list[str]], cache_dir: Path) -> None:
         self.config = ModelConfig(model_name="stored-samples", cache_dir=str(cache_dir))
