@@ -53,6 +53,21 @@ class Server(Section):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of their memory that vLLM takes.")
 
 
+class Generation(Section):
+    """How the stage generate works off its samples."""
+
+    chunk: int = Field(64, gt=0, description="Samples that are written to disk together, once all are finished.")
+    ahead: int = Field(
+        1024,
+        ge=0,
+        description="A chunk is begun when no more samples than this are unfinished, so an engine is always full. "
+        "0 lets each one run alone: slower where lengths differ, and on CPUs the same bytes after any interruption.",
+    )
+    engines: int | None = Field(
+        None, gt=0, description="vLLM engines; null: one for every vllm.tensor_parallel_size GPUs, or one on a CPU."
+    )
+
+
 class Hardware(Section):
     """What fits on a machine. A batch is divided, never changed; on CPUs that changes results by float noise only.
 
@@ -72,6 +87,7 @@ class Hardware(Section):
     memory_gib: float | None = Field(None, gt=0, description="Memory of one GPU, for the estimate of the preflight.")
     environment: dict[str, str] = Field({}, description="Environment variables of training and generation.")
     vllm: dict[str, Any] = Field({}, description="Arguments of vllm.LLM in generate.")
+    generation: Generation = Generation()
 
     @model_validator(mode="after")
     def _server_fits(self) -> "Hardware":
@@ -386,14 +402,15 @@ class Running:
 
 
 def run(commands: list[Command]) -> int:
-    """Run servers and, once they are ready, the last command; when one of them ends, all of them do.
+    """Run servers and, once they are ready, the other commands side by side until all have succeeded or one has failed.
 
-    SIGTERM and SIGINT ask the last command to end, which may write a checkpoint first and is waited for.
-    Nothing is left running, also when this process is killed: a second process watches over it.
+    When a server ends, or one of the others fails, all of them are ended. SIGTERM and SIGINT ask those others to end,
+    which may write a checkpoint first and are waited for. Nothing is left running, also when this process is killed:
+    a second process watches over it.
 
     Returns:
-        The exit code of the last command, or of a server that ended before it (128 + n for signal n). When it is not
-        0, the last line printed is one sentence: which process failed, how, and the last thing it said.
+        0, or the exit code of the one that failed, or of a server that ended before the others (128 + n for signal
+        n). When it is not 0, the last line printed is one sentence: which process failed, how, and what it said last.
     """
     running: list[Running] = []
     stopping: list[int] = []
@@ -401,7 +418,7 @@ def run(commands: list[Command]) -> int:
     def stop(signum: int, _: FrameType | None) -> None:
         stopping.append(signum)
         if len(running) == len(commands):
-            running[-1].process.send_signal(commands[-1].stop)
+            _ask_to_end(running)
 
     watcher, groups = _watch()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -440,7 +457,7 @@ def _follow(
                 print(f"{command.name} is starting, {stage.clock(now - since)}", flush=True)
             time.sleep(0.5)
     if stopping:
-        running[-1].process.send_signal(commands[-1].stop)  # the signal came while it was started
+        _ask_to_end(running)  # the signal came while they were started
     while not (ended := _ended(running, stopping)):
         time.sleep(0.1)
     return ended
@@ -449,14 +466,23 @@ def _follow(
 def _ended(running: list[Running], stopping: list[int]) -> tuple[Running, int, str] | None:
     """The process whose end ends the run, its exit code, and how it ended; None while all go on.
 
-    That is a server before the command that needs it, unless that one has succeeded or is being stopped.
+    A server may end once the others have succeeded or are being stopped.
     """
-    last = running[-1:] if stopping or running[-1].process.poll() == 0 else []
-    for each in last or running:
+    others = [each for each in running if each.command.health is None]
+    if others and all(each.process.poll() == 0 for each in others):
+        return others[-1], 0, _how(0)
+    for each in others if others and stopping else running:
         code = each.process.poll()
-        if code is not None:
-            return each, code or int(each.command.health is not None), _how(code)
+        if code or (code == 0 and each.command.health is not None):
+            return each, code or 1, _how(code)
     return None
+
+
+def _ask_to_end(running: list[Running]) -> None:
+    """Send those that are no servers the signal that asks them to end."""
+    for each in running:
+        if each.command.health is None:
+            each.process.send_signal(each.command.stop)
 
 
 def _how(code: int) -> str:
