@@ -304,6 +304,23 @@ def check_lengths(run: Run) -> list[Finding]:
     return [error(run.key("trainer.max_completion_length"), what, why, write)]
 
 
+def check_tasks(run: Run) -> list[Finding]:
+    """The lengths of the evaluation: vLLM would refuse them after the training, when that has cost its hours."""
+    context = None if run.config is None else context_of(run.config)
+    if context is None:
+        return []
+    found = []
+    for name, task in run.params.tasks.items():
+        where, longest = f"tasks.{name}.max_tokens", run.params.prepare[name].max_prompt_length
+        what = f"prompts of up to {longest} and completions of {task.max_tokens} tokens, in a context of {context}"
+        if task.max_tokens >= context:
+            found.append(error(where, what, "the trained model could not be evaluated", f"{context - longest} or less"))
+        elif task.max_tokens + longest > context:
+            why = "the evaluation stops if a prompt is that long"
+            found.append(warning(where, what, why, f"{context - longest} or less"))
+    return found
+
+
 # Chat template and special tokens
 
 
@@ -688,6 +705,6 @@ def check_access(params: Params, data: Path) -> tuple[list[Finding], list[str]]:
 
 def check(run: Run) -> list[Finding]:
     """All findings about one phase, errors first."""
-    checks = [check_batch, check_steps, check_lengths, check_template, check_tokens, check_memory, check_disk]
-    checks += [check_data, check_options, check_rewards]
+    checks = [check_batch, check_steps, check_lengths, check_tasks, check_template, check_tokens, check_memory]
+    checks += [check_disk, check_data, check_options, check_rewards]
     return sorted((finding for one in checks for finding in one(run)), key=lambda finding: finding.level)

@@ -493,28 +493,28 @@ def machines(logged: list[dict]) -> list[dict[str, Any]]:
 # Writing
 
 
-def summary_metrics(params: Params, scores: dict, gains: list[dict], logged: list[dict]) -> dict[str, float]:
-    """metrics.json: flat, about ten numbers, the columns of `dvc exp show`.
+def summary_metrics(params: Params, scores: dict, gains: list[dict], logged: list[dict]) -> dict[str, float | str]:
+    """metrics.json: flat, about ten values, the columns of `dvc exp show`.
 
-    One task: pass@1 of every model. Several: of the last model only, so that the table stays readable. What is
-    claimed comes first, because a narrow terminal cuts the table off on the right.
+    Shares are numbers, which can be sorted and compared by `dvc metrics diff`; intervals are text beside them, and so
+    is the gain with its interval. What is claimed comes first, because a narrow terminal cuts the table off on the
+    right. Models before the last one are in it only where there is one task.
     """
     last = params.generate.models[-1]
-    one_task = len(params.tasks) == 1
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | str] = {}
     for task in params.tasks:
         score, row = scores[last, task], gain_of(gains, task, last)
-        shown = params.generate.models if one_task else [last]
-        metrics |= {f"{task}.{model}": scores[model, task]["pass_at_1"] for model in shown}
+        metrics[f"{task}.{last}"] = round(score["pass_at_1"], 4)
+        metrics[f"{task}.interval"] = f"{score['pass_at_1_low']:.4f} to {score['pass_at_1_high']:.4f}"
         if row:
-            metrics[f"{task}.gain"] = row["difference"]
-            metrics |= {f"{task}.gain_{end}": row[end] for end in ("low", "high")}
-        metrics |= {f"{task}.{last}_{end}": score[f"pass_at_1_{end}"] for end in ("low", "high")}
-        if one_task:
-            metrics |= {f"{task}.truncated": score["truncated"], f"{task}.mean_tokens": score["mean_tokens"]}
-    metrics["seconds"] = sum(log["seconds"] for log in logged)
+            metrics[f"{task}.gain"] = f"{row['difference']:+.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+    if len(params.tasks) == 1:
+        others = params.generate.models[-2::-1]
+        metrics |= {f"{task}.{model}": round(scores[model, task]["pass_at_1"], 4) for model in others}
+        metrics |= {f"{task}.{name}": round(score[name], 4) for name in ("truncated", "mean_tokens")}
+    metrics["seconds"] = round(sum(log["seconds"] for log in logged), 1)
     metrics["peak_memory_mib"] = max(log["peak_memory_mib"] for log in logged)
-    return {name: round(value, 4) for name, value in metrics.items()}
+    return metrics
 
 
 def running_steps(histories: dict[str, "pd.DataFrame"]) -> "pd.DataFrame":

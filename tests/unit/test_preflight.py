@@ -314,6 +314,12 @@ def test_sequences_longer_than_the_context(make, model_with, kind, context, wher
     assert write in only(found, "error", where).write
 
 
+@pytest.mark.parametrize(("context", "level"), [(100, "error"), (101, "warning"), (159, "warning")])
+def test_an_evaluation_longer_than_the_context(make, model_with, context, level):
+    found = findings.check_tasks(make("grpo", model=model_with(max_position_embeddings=context)))
+    assert only(found, level, "tasks.problems.max_tokens").write == f"{context - 60} or less"
+
+
 def test_sequences_as_long_as_the_context(make, model_with):
     assert findings.check_lengths(make("grpo", model=model_with(max_position_embeddings=160))) == []
 

@@ -226,24 +226,25 @@ def test_metrics_are_about_ten_flat_numbers(tmp_path, monkeypatch):
     make_run(tmp_path, THREE)
     metrics, _, _ = run(monkeypatch, tmp_path)
     assert list(metrics) == [
-        "arithmetic.base",
-        "arithmetic.cold_start",
         "arithmetic.reasoning",
+        "arithmetic.interval",
         "arithmetic.gain",
-        "arithmetic.gain_low",
-        "arithmetic.gain_high",
-        "arithmetic.reasoning_low",
-        "arithmetic.reasoning_high",
+        "arithmetic.cold_start",
+        "arithmetic.base",
         "arithmetic.truncated",
         "arithmetic.mean_tokens",
         "seconds",
         "peak_memory_mib",
     ]
     scores = {model: json.loads(Path(f"data/scores/{model}/arithmetic.json").read_text()) for model in THREE}
-    assert metrics["arithmetic.reasoning"] == round(scores["reasoning"]["pass_at_1"], 4)
-    gain = scores["reasoning"]["pass_at_1"] - scores["cold_start"]["pass_at_1"]
-    assert metrics["arithmetic.gain"] == pytest.approx(gain, abs=1e-4)
-    assert metrics["arithmetic.gain_low"] < metrics["arithmetic.gain"] < metrics["arithmetic.gain_high"]
+    score = scores["reasoning"]
+    assert metrics["arithmetic.reasoning"] == round(score["pass_at_1"], 4)
+    ends = [float(end) for end in metrics["arithmetic.interval"].split(" to ")]
+    assert ends == pytest.approx([score["pass_at_1_low"], score["pass_at_1_high"]], abs=1e-4)
+    gain, low, high = numbers(metrics["arithmetic.gain"])
+    assert gain == pytest.approx(score["pass_at_1"] - scores["cold_start"]["pass_at_1"], abs=1e-4)
+    assert low < gain < high
+    assert metrics["arithmetic.gain"].startswith(("+", "-"))
     # download, prepare: 4 + 3; two phases; generate and score: 3 each
     assert metrics["seconds"] == 10.5 * (7 + 2 + 6)
     assert metrics["peak_memory_mib"] == 2100
@@ -253,7 +254,7 @@ def test_several_tasks_keep_the_metrics_few(tmp_path, monkeypatch):
     make_run(tmp_path, THREE, tasks=("arithmetic", "algebra"))
     metrics, page, _ = run(monkeypatch, tmp_path)
     assert "algebra.reasoning" in metrics and "algebra.cold_start" not in metrics
-    assert len(metrics) == 2 * 6 + 2
+    assert len(metrics) == 2 * 3 + 2
     assert page.count('<p class="verdict') == 2
     assert page.count('class="sample"') == 10
 
@@ -324,8 +325,8 @@ def test_table_shows_every_number_with_its_interval(tmp_path, monkeypatch, capsy
         gain = stats.paired_difference(correct[after], correct[before])
         expected = [100 * value for value in (gain.mean, gain.low, gain.high)]
         assert numbers(table[after]["gain, points"]) == pytest.approx(expected, abs=0.051)
-    gained = [metrics[f"algebra.gain{end}"] for end in ("", "_low", "_high")]
-    assert numbers(table["reasoning"]["gain, points"]) == pytest.approx([100 * value for value in gained], abs=0.06)
+    gained = [100 * value for value in numbers(metrics["algebra.gain"])]
+    assert numbers(table["reasoning"]["gain, points"]) == pytest.approx(gained, abs=0.06)
 
 
 def numbers(cell: str) -> list[float]:
