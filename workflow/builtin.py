@@ -8,6 +8,7 @@ cannot learn them: after SFT it works half of the questions out and is mostly wr
 has to find is that thinking pays.
 """
 
+import csv
 import json
 import random
 import re
@@ -138,6 +139,35 @@ def write_questions(output: Path, rows: int, seed: int, system_prompt: str | Non
     """Held-out questions in the schema of MATH, for evaluation: the same ones whatever the seed."""
     held_out = ({"problem": question(n), "answer": str(sum(n))} for n in examples(rows, True, 0))
     write_jsonl(output / "test.jsonl", held_out)
+
+
+def write_aime(output: Path, rows: int, seed: int, system_prompt: str | None) -> None:
+    """The held-out questions with the columns of the AIME data sets, whose answers have three digits."""
+    held_out = (
+        {"id": number, "problem": question(n), "solution": thought(n), "answer": f"{sum(n):03}"}
+        for number, n in enumerate(examples(rows, True, 0))
+    )
+    write_jsonl(output / "test.jsonl", held_out)
+
+
+def write_gpqa(output: Path, rows: int, seed: int, system_prompt: str | None) -> None:
+    """The held-out questions as GPQA's multiple choice, a CSV file as there; wrong options are near the right one."""
+    held_out = [gpqa_row(numbers) for numbers in examples(rows, True, 0)]
+    with (output / "test.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(held_out[0]))
+        writer.writeheader()
+        writer.writerows(held_out)
+
+
+def gpqa_row(numbers: list[int]) -> dict[str, str]:
+    """One GPQA row; the columns about its writers and validators are left out."""
+    options = {f"Incorrect Answer {i}": str(sum(numbers) + off) for i, off in enumerate((1, -1, 10), 1)}
+    return {
+        "Question": question(numbers),
+        "Correct Answer": str(sum(numbers)),
+        **options,
+        "Explanation": thought(numbers),
+    }
 
 
 def write_jsonl(file: Path, rows: Iterator[dict[str, Any]]) -> None:

@@ -1,13 +1,15 @@
 """Compose params.yaml from recipes/ with DVC's own Hydra support.
 
 `python -m workflow.compose recipe=gsm8k_local data_dir=/data` writes what `dvc exp run -S recipe=gsm8k_local …`
-would run with. With `--miniature` the recipe is made small enough for a CPU (workflow/miniature.py).
+would run with; `task=[math_500,aime25]` replaces the recipe's tasks and `+task=[aime25]` adds to them (docs/tasks.md).
+With `--miniature` the recipe is made small enough for a CPU (workflow/miniature.py).
 """
 
 import sys
 import warnings
 from pathlib import Path
 
+from workflow import stage
 from workflow.miniature import shrink
 
 RECIPES = Path("recipes")
@@ -26,8 +28,8 @@ def main() -> None:
     except InterpolationToMissingValueError:
         sys.exit('error: this recipe reads local files: write SET="data_dir=/folder" (or data_dir=/folder) too')
     except (HydraException, OmegaConfBaseException) as error:
-        names = ", ".join(sorted(file.stem for file in (RECIPES / "recipe").glob("*.yaml")))
-        sys.exit(f"error: {' '.join(str(error).splitlines()[:2])} (recipes: {names})")
+        reason = " ".join(str(error).splitlines()[:2]).strip()
+        sys.exit(f"error: {reason} (recipes: {names('recipe')}; tasks: {names('task')})")
     if "--miniature" in sys.argv:
         from dvc.utils.serialize import dump_yaml
 
@@ -36,5 +38,10 @@ def main() -> None:
         dump_yaml(PARAMS, shrink(read_params(PARAMS)))
 
 
+def names(group: str) -> str:
+    """What there is to choose from in a folder of recipes/."""
+    return ", ".join(sorted(file.stem for file in (RECIPES / group).glob("*.yaml")))
+
+
 if __name__ == "__main__":
-    main()
+    stage.run(main)

@@ -4,6 +4,8 @@ The same row function serves a data set wherever it comes from: adding a format 
 its name to params.Prepare.format.
 """
 
+import csv
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ Message = dict[str, str]
 
 BATCH = 256  # rows of a parquet file that are in memory at a time
 ROLES = {"system": "s", "user": "u", "assistant": "a"}
+LETTERS = "ABCD"
 
 
 class Dropped(Exception):
@@ -42,7 +45,16 @@ def text(row: dict[str, Any], column: str) -> str:
         raise Dropped(f"{column} is not text")
     if not row[column].strip():
         raise Dropped(f"{column} is empty")
-    return row[column].strip()
+    return unicode(row[column], column).strip()
+
+
+def unicode(value: str, column: str) -> str:
+    r"""The text itself; raises Dropped where it has half a character: JSON can write one (\ud800), parquet cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Dropped(f"{column} has half a character") from None
+    return value
 
 
 def turns(
@@ -90,7 +102,7 @@ def bespoke_stratos(row: dict[str, Any]) -> Row:
         parts[part] = found[1].strip()
     system = row.get("system")
     if len(prompt) == 1 and isinstance(system, str):
-        prompt = ask(prompt[0]["content"], system)
+        prompt = ask(prompt[0]["content"], unicode(system, "system"))
     return Row(prompt, prompts.build(parts["thought"], parts["solution"]))
 
 
@@ -117,6 +129,29 @@ def math(row: dict[str, Any]) -> Row:
     return Row(ask(text(row, "problem")), solution=f"${text(row, 'answer')}$")
 
 
+def aime(row: dict[str, Any]) -> Row:
+    """AIME: `problem` and `answer`, an integer from 0 to 999, as a number or as text with or without leading zeros."""
+    answer = row["answer"] if type(row.get("answer")) is int else text(row, "answer")
+    if not re.fullmatch(r"[0-9]{1,3}", str(answer)):
+        raise Dropped("answer is not an integer from 0 to 999")
+    return Row(ask(text(row, "problem")), solution=f"${int(answer)}$")
+
+
+def gpqa(row: dict[str, Any]) -> Row:
+    """GPQA: `Question`, `Correct Answer` and `Incorrect Answer 1` to `3`; the gold is the letter of the correct one.
+
+    The options are in the order of the sha256 of question and option: the same in every run and on every machine,
+    whatever the seed is.
+    """
+    question, gold = text(row, "Question"), text(row, "Correct Answer")
+    options = [gold, *(text(row, f"Incorrect Answer {number}") for number in (1, 2, 3))]
+    if len(set(options)) < len(options):
+        raise Dropped("two options are the same")
+    options.sort(key=lambda option: hashlib.sha256(f"{question}\n{option}".encode()).digest())
+    lines = [f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=True)]
+    return Row(ask("\n".join([question, "", *lines])), solution=LETTERS[options.index(gold)])
+
+
 def messages(row: dict[str, Any]) -> Row:
     """Chats: `messages` of {role, content}, of which the last answer is the completion; no gold."""
     *prompt, last = turns(row, "messages", "s?(ua)+", "is not a chat of user and assistant")
@@ -135,7 +170,9 @@ def prompt_completion(row: dict[str, Any]) -> Row:
 
 
 FORMATS = {
+    "aime": aime,
     "bespoke_stratos": bespoke_stratos,
+    "gpqa": gpqa,
     "gsm8k": gsm8k,
     "math": math,
     "messages": messages,
@@ -145,20 +182,18 @@ FORMATS = {
 
 
 def read_rows(folder: Path, pattern: str) -> Iterator[Any]:
-    """Every row of the parquet, jsonl and json files in `folder` that match `pattern`, in name order."""
-    import pyarrow as pa
-
+    """Every row of the parquet, jsonl, json and csv files in `folder` that match `pattern`, in name order."""
     if not folder.is_dir():
         raise stage.StageError(f"{folder} does not exist; download it first: dvc repro download@{folder.name}")
-    files = sorted(f for f in folder.glob(pattern) if f.suffix in (".parquet", ".jsonl", ".json"))
+    files = sorted(f for f in folder.glob(pattern) if f.suffix in (".parquet", ".jsonl", ".json", ".csv"))
     files = [file for file in files if file.name != "source.json"]
     if not files:
         there = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
-        raise stage.StageError(f"no parquet, jsonl or json file matches {pattern!r} in {folder}; it has: {there}")
+        raise stage.StageError(f"no parquet, jsonl, json or csv file matches {pattern!r} in {folder}; it has: {there}")
     for file in files:
         try:
             yield from _rows_of(file)
-        except (json.JSONDecodeError, pa.ArrowInvalid) as error:
+        except (ValueError, csv.Error) as error:  # of json and pyarrow too
             reason = str(error).splitlines()[0]
             raise stage.StageError(f"{file} cannot be read ({reason}); mend it or name other files") from None
 
@@ -169,6 +204,10 @@ def _rows_of(file: Path) -> Iterator[Any]:
     if file.suffix == ".parquet":
         for batch in pq.ParquetFile(file).iter_batches(BATCH):
             yield from batch.to_pylist()
+        return
+    if file.suffix == ".csv":
+        with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+            yield from csv.DictReader(lines, strict=True)
         return
     # Only a newline ends a line: U+2028 may stand inside a text.
     with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
@@ -181,7 +220,7 @@ def _rows_of(file: Path) -> Iterator[Any]:
             if line.strip():
                 try:
                     yield json.loads(line)
-                except json.JSONDecodeError:
+                except ValueError:  # no JSON, or a number with more digits than Python reads
                     yield None
 
 

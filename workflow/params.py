@@ -115,8 +115,10 @@ class Traces(Rows):
 
 OPTIONS: dict[str, type[Section]] = {
     "qwen2": Qwen2,
+    "aime": Rows,
     "bespoke_stratos": Traces,
     "bespoke_stratos_messages": Traces,
+    "gpqa": Rows,
     "gsm8k": Rows,
     "numina_tir": Rows,
     "questions": Rows,
@@ -131,7 +133,17 @@ class Source(Section):
         description="Made by the pipeline, downloaded from Hugging Face or ModelScope, or files on disk."
     )
     builtin: (
-        Literal["qwen2", "bespoke_stratos", "bespoke_stratos_messages", "gsm8k", "numina_tir", "questions"] | None
+        Literal[
+            "qwen2",
+            "aime",
+            "bespoke_stratos",
+            "bespoke_stratos_messages",
+            "gpqa",
+            "gsm8k",
+            "numina_tir",
+            "questions",
+        ]
+        | None
     ) = Field(None, description="What workflow/builtin.py makes.")
     options: dict[str, Any] = Field({}, description="Arguments of the builtin.")
     path: str | None = Field(None, description="A folder or file on disk, copied as it is.")
@@ -167,10 +179,11 @@ class Prepare(Section):
     """One prepared data set: rows of one raw source, or a mixture of other prepared sets, in the row schema."""
 
     source: Name | None = Field(None, description="A data set under sources.")
-    files: str = Field("*", description="Glob of the parquet, jsonl or json files to read.")
-    format: Literal["bespoke_stratos", "gsm8k", "math", "messages", "numina_tir", "prompt_completion"] | None = Field(
-        None, description="How a raw row is read, see workflow/formats.py."
-    )
+    files: str = Field("*", description="Glob of the parquet, jsonl, json or csv files to read.")
+    format: (
+        Literal["aime", "bespoke_stratos", "gpqa", "gsm8k", "math", "messages", "numina_tir", "prompt_completion"]
+        | None
+    ) = Field(None, description="How a raw row is read, see workflow/formats.py.")
     system_prompt: str | None = Field(
         None, description="Instead of the top-level one; an empty text takes each row's own."
     )
@@ -276,6 +289,14 @@ class GRPOPhase(Phase):
         return self
 
 
+class Evaluation(Section):
+    """What the files in recipes/task/ take from a recipe; no stage reads it."""
+
+    tokenizer: Name = Field(description="The model under sources whose tokenizer counts the questions' lengths.")
+    max_tokens: int = Field(gt=0, description="Longest completion that fits the models beside a question, in tokens.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(description="Of the weights in vLLM.")
+
+
 class Generate(Section):
     models: list[Name] = Field(min_length=1, description="The models to evaluate, in the order of the report.")
 
@@ -283,7 +304,7 @@ class Generate(Section):
 class Task(Section):
     """One benchmark; its questions are the prepared data set of the same name."""
 
-    answer: Literal["latex", "number"] = Field(description="How the final answer is read and compared.")
+    answer: Literal["latex", "letter", "number"] = Field(description="How the final answer is read and compared.")
     questions: int | None = Field(None, gt=0, description="The first n questions; null takes all.")
     n_samples: int = Field(gt=0, description="Samples per question.")
     temperature: float = Field(ge=0)
@@ -304,6 +325,7 @@ class Params(Section):
     sft: dict[Name, SFTPhase]
     grpo: dict[Name, GRPOPhase]
     generate: Generate
+    evaluation: Evaluation | None = None
     tasks: dict[Name, Task] = Field(min_length=1)
 
     @property
@@ -453,11 +475,11 @@ def one_sentence(error: ValidationError, root: type[Section]) -> str:
 
 
 def _section_at(section: Any, path: tuple[str | int, ...]) -> type[Section]:
-    """The section class at a path; below a dict[Name, Section] the next part is the item's name."""
+    """The section class at a path, a Section or Section | None; in a dict[Name, Section] a name is part of the path."""
     parts = iter(path)
     for part in parts:
         annotation = section.model_fields[part].annotation
-        section = get_args(annotation)[-1] if get_args(annotation) else annotation
+        section = next((kind for kind in reversed(get_args(annotation)) if kind is not type(None)), annotation)
         if get_origin(annotation) is dict:
             next(parts)
     return section

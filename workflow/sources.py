@@ -8,8 +8,9 @@ What the stage `download` notes of a source, in its source.json and in its log:
     files     sha256 of every file as it lies on disk, after the recipe's chat_template was written into it
 
 From a hub comes only what the pipeline reads: weights as safetensors, configuration, tokenizer and chat template of a
-model; parquet, jsonl and json files of a data set; README and licence of both. Code and pickles never do, and
-nothing here or later sets trust_remote_code. Whatever can be found out before the first byte of a file is: access,
+model; parquet, jsonl and json files of a data set, and csv files where `files` names them (they often repeat what a
+parquet file has); README and licence of both. Code and pickles never do, and nothing here or later sets
+trust_remote_code. Whatever can be found out before the first byte of a file is: access,
 revision, missing files, room on the disk. Every file is compared with the checksum that the hub lists.
 
 Tokens come from the environment only (HF_TOKEN, MODELSCOPE_API_TOKEN) or from an earlier login.
@@ -58,7 +59,7 @@ NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "stat
 # Whatever `files` of a source asks for.
 SUFFIXES = {
     "models": (".safetensors", ".json", ".model", ".txt", ".jinja", ".md"),
-    "raw": (".parquet", ".jsonl", ".json", ".md"),
+    "raw": (".parquet", ".jsonl", ".json", ".csv", ".md"),
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -74,8 +75,10 @@ def from_builtin(source: Source, output: Path, seed: int, system_prompt: str | N
 
     makers = {
         "qwen2": builtin.make_model,
+        "aime": builtin.write_aime,
         "bespoke_stratos": builtin.write_bespoke_stratos,
         "bespoke_stratos_messages": builtin.write_bespoke_stratos_messages,
+        "gpqa": builtin.write_gpqa,
         "gsm8k": builtin.write_gsm8k,
         "numina_tir": builtin.write_numina_tir,
         "questions": builtin.write_questions,
@@ -267,7 +270,7 @@ def choose(name: str, source: Source, there: list[str]) -> list[str]:
         check_model(where, files, there)
     elif not files:
         raise StageError(
-            f"{where} has no parquet, jsonl or json file that matches {', '.join(wanted)}; name others under "
+            f"{where} has no parquet, jsonl, json or csv file that matches {', '.join(wanted)}; name others under "
             f"sources.{name}.files (it has: {some(there)})"
         )
     return files + [file for file in there if file not in files and any(fnmatchcase(file, d) for d in DOCUMENTS)]

@@ -1,13 +1,18 @@
-"""Every published recipe in miniature, through its whole DAG, by the command that the README gives."""
+"""Every published recipe in miniature, through its whole DAG, by the command that the README gives.
+
+And every evaluation task in miniature, from its questions to its score.
+"""
 
 import csv
 import json
 
+import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
 from tests.checkout import ROOT, TRIED, Checkout, readme_commands
 
+TASKS = sorted(file.stem for file in (ROOT / "recipes/task").glob("*.yaml"))
 RECIPES = list(dict.fromkeys(row["recipe"] for row in csv.DictReader((ROOT / "recipes/published.csv").open())))
 
 
@@ -41,3 +46,21 @@ def test_runs_through_in_miniature(recipe: str, checkout: Checkout) -> None:
             scores = json.loads((checkout.folder / f"data/scores/{model}/{task}.json").read_text())
             assert (scores["n_questions"], scores["n_samples"]) == (8, 2)
     assert recipe in (checkout.folder / "data/report/model_card.md").read_text()
+
+
+def test_every_task_runs_through_in_miniature(checkout: Checkout) -> None:
+    """With a model that nothing was taught. The ids of the prepared questions are those of samples and verdicts."""
+    chosen = f"'task=[{','.join(TASKS)}]' generate.models=[base] '~grpo.reasoning'"
+    checkout.run(f"python -m workflow.compose recipe=r1_zero_gsm8k {chosen} --miniature && dvc repro")
+    params = YAML(typ="safe").load(checkout.folder / "params.yaml")
+    assert list(params["tasks"]) == TASKS and len(TASKS) == 6
+    for task, options in params["tasks"].items():
+        questions = pq.read_table(checkout.folder / f"data/prepared/{task}.parquet").to_pylist()[:8]
+        ids = [question["id"] for question in questions for _ in range(2)]
+        samples = pq.read_table(checkout.folder / f"data/samples/base/{task}.parquet")
+        verdicts = pq.read_table(checkout.folder / f"data/scores/base/{task}.parquet")
+        assert samples["id"].to_pylist() == verdicts["id"].to_pylist() == ids
+        assert verdicts["gold"].to_pylist() == [question["solution"] for question in questions for _ in range(2)]
+        assert not {"gold_unparsed", "error"} & set(verdicts["reason"].to_pylist())
+        scores = json.loads((checkout.folder / f"data/scores/base/{task}.json").read_text())
+        assert (scores["n_questions"], scores["n_samples"], scores["answer"]) == (8, 2, options["answer"])

@@ -6,17 +6,20 @@ from typing import Any
 import pytest
 
 from workflow import builtin, prompts
-from workflow.formats import questions, read
+from workflow.formats import questions, read, read_rows
 from workflow.stage import StageError
 
 # The writer, the file that it writes and the format that reads it, by the builtin's name.
 WRITERS = {
+    "aime": (builtin.write_aime, "test.jsonl", "aime"),
     "bespoke_stratos": (builtin.write_bespoke_stratos, "train.jsonl", "bespoke_stratos"),
     "bespoke_stratos_messages": (builtin.write_bespoke_stratos_messages, "train.jsonl", "bespoke_stratos"),
+    "gpqa": (builtin.write_gpqa, "test.csv", "gpqa"),
     "gsm8k": (builtin.write_gsm8k, "train.jsonl", "gsm8k"),
     "numina_tir": (builtin.write_numina_tir, "train.jsonl", "numina_tir"),
     "questions": (builtin.write_questions, "test.jsonl", "math"),
 }
+HELD_OUT = ("aime", "gpqa", "questions")  # to evaluate on only
 
 
 def write(folder: Path, name: str, rows: int = 300, seed: int = 42, **more: Any) -> list[dict[str, Any]]:
@@ -25,7 +28,7 @@ def write(folder: Path, name: str, rows: int = 300, seed: int = 42, **more: Any)
     options = {"system_prompt": "Think."} | ({"guesses": 0.25} if name.startswith("bespoke") else {})
     writer(folder, rows=rows, seed=seed, **(options | more))
     assert {path.name for path in folder.iterdir()} == {file} | ({"test.jsonl"} if name == "gsm8k" else set())
-    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
+    return list(read_rows(folder, file))
 
 
 def value(text: str) -> int:
@@ -123,11 +126,32 @@ def test_questions(tmp_path):
         assert int(row["answer"]) == value(row["problem"])
 
 
+def test_aime(tmp_path):
+    rows = write(tmp_path / "a", "aime")
+    assert [row["problem"] for row in rows] == [row["problem"] for row in write(tmp_path / "q", "questions")]
+    for row in rows:
+        assert {"id", "problem", "solution", "answer"} == set(row) and len(row["answer"]) == 3
+        assert read(row, "aime").solution == f"${value(row['problem'])}$"
+
+
+def test_gpqa(tmp_path):
+    rows = write(tmp_path / "a", "gpqa")
+    assert [row["Question"] for row in rows] == [row["problem"] for row in write(tmp_path / "q", "questions")]
+    golds = set()
+    for row in rows:
+        made = read(row, "gpqa")
+        (asked,) = questions(made.prompt)
+        (right,) = re.findall(rf"^{made.solution}\) (\d+)$", asked, re.MULTILINE)
+        assert int(right) == value(row["Question"])
+        golds.add(made.solution)
+    assert golds == set("ABCD")
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_seeded(tmp_path, name):
     first, again, other = (write(tmp_path / folder, name, seed=seed) for folder, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert first == again
-    assert (first == other) == (name == "questions")  # every seed is evaluated on the same questions
+    assert (first == other) == (name in HELD_OUT)  # every seed is evaluated on the same questions
     assert len({json.dumps(row) for row in first}) == len(first)
     file = WRITERS[name][1]
     assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
@@ -157,7 +181,7 @@ def test_held_out_questions_are_never_trained_on(tmp_path):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_more_rows_than_there_are_questions(tmp_path, name):
-    most = 1_800 if name == "questions" else 16_000
+    most = 1_800 if name in HELD_OUT else 16_000
     with pytest.raises(StageError, match=f"at most {most} rows; write rows: {most} or less"):
         write(tmp_path, name, rows=most + 1)
 

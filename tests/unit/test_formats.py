@@ -1,4 +1,6 @@
+import csv
 import json
+from collections import Counter
 from typing import Any, get_args
 
 import pyarrow as pa
@@ -17,6 +19,13 @@ SOLUTION = "<|begin_of_solution|>\n\n\\boxed{2}\n\n<|end_of_solution|>"
 def stratos(question: Any = "1 + 1?", answer: Any = f"{THOUGHT}\n\n{SOLUTION}", **more: Any) -> dict[str, Any]:
     turns = [{"from": "user", "value": question}, {"from": "assistant", "value": answer}]
     return {"system": "Be kind.", "conversations": turns, **more}
+
+
+def quiz(question: str = "q?", correct: str = "b", wrong: tuple[Any, ...] = ("1", "2", "3")) -> dict[str, Any]:
+    """A row of GPQA."""
+    return {"Question": question, "Correct Answer": correct} | {
+        f"Incorrect Answer {number}": option for number, option in enumerate(wrong, 1)
+    }
 
 
 def test_every_format_has_a_name_in_the_params():
@@ -73,6 +82,10 @@ TALK = (("user", "1?"), ("assistant", "One."), ("user", "2? "), ("assistant", " 
             {"problem": "Half?", "answer": "\\frac{1}{2}", "level": 1},
             Row(ask("Half?"), solution="$\\frac{1}{2}$"),
         ),
+        ("aime", {"id": 84, "problem": "p\n", "answer": "033", "year": "2024"}, Row(ask("p"), solution="$33$")),
+        ("aime", {"problem": "p", "answer": " 204 "}, Row(ask("p"), solution="$204$")),
+        ("aime", {"problem": "p", "answer": "000"}, Row(ask("p"), solution="$0$")),
+        ("aime", {"problem": "p", "answer": 7}, Row(ask("p"), solution="$7$")),
         ("messages", {"messages": chat(*TALK[:2])}, Row(ask("1?"), "One.")),
         ("messages", {"messages": chat(("system", "S"), *TALK[:2], tool=None)}, Row(ask("1?", "S"), "One.")),
         ("messages", {"messages": chat(("system", None), *TALK[:2])}, Row(ask("1?"), "One.")),
@@ -169,6 +182,22 @@ STRATOS_TURNS = "conversations is not one user and one assistant turn"
         ("math", {"problem": "p", "answer": None}, "answer is null"),
         ("math", {"problem": "p", "answer": "\t"}, "answer is empty"),
         ("math", {"problem": ["p"], "answer": "2"}, "problem is not text"),
+        *(
+            ("aime", {"problem": "p", "answer": answer}, "answer is not an integer from 0 to 999")
+            for answer in ("1000", 1000, -1, "-1", "3.0", "336^\\circ", "1,0", "٣", "m+n")
+        ),
+        ("aime", {"problem": "p"}, "no column answer"),
+        ("aime", {"problem": "p", "answer": None}, "answer is null"),
+        ("aime", {"problem": "p", "answer": True}, "answer is not text"),
+        ("aime", {"problem": "p", "answer": 3.0}, "answer is not text"),
+        ("aime", {"problem": 5, "answer": "3"}, "problem is not text"),
+        ("gpqa", {"Correct Answer": "b"}, "no column Question"),
+        ("gpqa", quiz() | {"Question": ""}, "Question is empty"),
+        ("gpqa", quiz(correct=" "), "Correct Answer is empty"),
+        ("gpqa", quiz(wrong=("1", "", "3")), "Incorrect Answer 2 is empty"),
+        ("gpqa", quiz(wrong=("1", "2", None)), "Incorrect Answer 3 is null"),
+        ("gpqa", quiz(wrong=("1", "2", "b")), "two options are the same"),
+        ("gpqa", quiz(wrong=("1", "2 ", "2")), "two options are the same"),
         ("messages", {}, "no column messages"),
         ("messages", {"messages": None}, "messages is null"),
         ("messages", {"messages": "1?"}, NO_CHAT),
@@ -203,6 +232,55 @@ def test_reasons_to_drop(form, raw, reason):
     with pytest.raises(Dropped) as dropped:
         read(raw, form)
     assert str(dropped.value) == reason
+
+
+def test_options_are_lettered_and_the_gold_is_a_letter():
+    row = read(quiz(" Which?\n", "right", ("x", "y\n", "z")) | {"Record ID": "rec1"}, "gpqa")
+    (asked,) = questions(row.prompt)
+    question, blank, *lines = asked.split("\n")
+    assert (question, blank, [line[:3] for line in lines]) == ("Which?", "", ["A) ", "B) ", "C) ", "D) "])
+    assert sorted(line[3:] for line in lines) == ["right", "x", "y", "z"]
+    assert f"{row.solution}) right" in lines
+    assert row.completion is None
+
+
+def test_the_order_of_options_is_the_questions_own():
+    """The same in every process and for every order of the columns; over questions each letter is as often right."""
+    first = read(quiz("Which?", "right", ("x", "y", "z")), "gpqa")
+    assert first.solution == "B"  # sha256 is the same everywhere
+    assert read(quiz("Which?", "right", ("z", "x", "y")), "gpqa") == first
+    golds = Counter(read(quiz(f"Question {number}?"), "gpqa").solution for number in range(1000))
+    assert set(golds) == set("ABCD") and all(200 < count < 300 for count in golds.values())
+
+
+HALF = "\ud83d"  # of an emoji: JSON and Python can hold it, UTF-8 cannot
+
+
+@pytest.mark.parametrize(
+    ("form", "raw", "column"),
+    [
+        ("math", {"problem": f"p{HALF}", "answer": "2"}, "problem"),
+        ("math", {"problem": "p", "answer": HALF}, "answer"),
+        ("gsm8k", {"question": "q", "answer": f"a{HALF}\n#### 2"}, "answer"),
+        ("aime", {"problem": "p", "answer": f"3{HALF}"}, "answer"),
+        ("gpqa", quiz(wrong=("1", "2", HALF)), "Incorrect Answer 3"),
+        ("messages", {"messages": chat(("user", "1?"), ("assistant", HALF))}, "content"),
+        ("bespoke_stratos", stratos() | {"system": HALF}, "system"),
+    ],
+)
+def test_half_a_character_drops_the_row(tmp_path, form, raw, column):
+    """Written as JSON writes it; parquet would refuse the text after all rows were read."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(raw))
+    (found,) = read_rows(tmp_path, "*")
+    assert found == raw
+    with pytest.raises(Dropped, match=f"^{column} has half a character$"):
+        read(found, form)
+
+
+def test_a_whole_emoji_is_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text(r'{"problem": "\ud83d\ude00?", "answer": "2"}')
+    (found,) = read_rows(tmp_path, "*")
+    assert read(found, "math").prompt == ask("\U0001f600?")
 
 
 def test_text_is_stripped():
@@ -245,6 +323,44 @@ def test_bytes_that_are_no_text_do_not_end_the_file(tmp_path):
     assert list(read_rows(tmp_path, "*"))[1:] == ROWS[:1]
 
 
+def test_a_number_too_long_to_read_is_one_bad_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"answer": ' + "1" * 5000 + "}\n" + json.dumps(ROWS[0]))
+    assert list(read_rows(tmp_path, "*")) == [None, ROWS[0]]
+
+
+TABLE = [{"Question": 'Which "one",\nor two?', "Correct Answer": "µ"}, {"Question": "x\r\ny", "Correct Answer": "2"}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_read_csv(tmp_path, encoding):
+    with (tmp_path / "a.csv").open("w", encoding=encoding, newline="") as file:
+        writer = csv.DictWriter(file, list(TABLE[0]))
+        writer.writeheader()
+        writer.writerows(TABLE)
+    assert list(read_rows(tmp_path, "*")) == TABLE
+
+
+def test_csv_rows_with_too_few_fields_and_other_bytes(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"problem,answer\ncaf\xe9,3\nalone\n")
+    first, second = read_rows(tmp_path, "*")
+    assert read(first, "math") == Row(ask("caf\ufffd"), solution="$3$")
+    with pytest.raises(Dropped, match="answer is null"):
+        read(second, "math")
+
+
+def test_a_broken_csv_is_one_sentence(tmp_path):
+    (tmp_path / "a.csv").write_text('problem,answer\n"never closed,3\n')
+    with pytest.raises(StageError, match=r"a\.csv cannot be read \(.*\); mend it or name other files$"):
+        list(read_rows(tmp_path, "*"))
+
+
+def test_parquet_with_other_bytes_is_one_sentence(tmp_path):
+    problems = pa.array([b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"problem": problems}), tmp_path / "a.parquet")
+    with pytest.raises(StageError, match=r"a\.parquet cannot be read \(.*utf-8.*\); mend it"):
+        list(read_rows(tmp_path, "*"))
+
+
 def test_a_broken_json_array_is_one_sentence(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(ROWS)[:-20])
     with pytest.raises(StageError, match=r"a\.json") as error:
@@ -266,7 +382,9 @@ def test_files_in_name_order_without_the_stages_own(tmp_path):
     assert list(read_rows(tmp_path, "*")) == [ROWS[1], ROWS[0]]
     assert list(read_rows(tmp_path, "b*")) == [ROWS[0]]
     assert list(read_rows(tmp_path, "**/*")) == [ROWS[1], ROWS[0], ROWS[2]]
-    with pytest.raises(StageError, match=r"no parquet, jsonl or json file matches 'x\*' in .*; it has: a.jsonl, b.js"):
+    with pytest.raises(
+        StageError, match=r"no parquet, jsonl, json or csv file matches 'x\*' in .*; it has: a.jsonl, b.js"
+    ):
         list(read_rows(tmp_path, "x*"))
 
 

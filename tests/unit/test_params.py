@@ -71,6 +71,12 @@ def test_only_grpo_is_sound(sound, write_params):
         ("grpo.reasoning.reward", {}, "grpo.reasoning.reward is not a known key; write rewards"),
         ("generate.model", [], "generate.model is not a known key; write models"),
         ("tasks.problems.temprature", 1, "tasks.problems.temprature is not a known key; write temperature"),
+        (
+            "sft.cold_start.lora",
+            {"rank": 8},
+            "sft.cold_start.lora.rank is not a known key; write one of: r, lora_alpha",
+        ),
+        ("evaluation", {"max_token": 9}, "evaluation.max_token is not a known key; write max_tokens"),
         # wrong types and values
         ("seed", "42", "seed is '42'; write what fits: input should be a valid integer"),
         ("seed", -1, "seed is -1; write what fits: input should be greater than or equal to 0"),
@@ -78,13 +84,24 @@ def test_only_grpo_is_sound(sound, write_params):
         ("sft", None, "sft is None; write what fits: input should be a valid dictionary"),
         ("grpo", [], "grpo is []; write what fits: input should be a valid dictionary"),
         ("sources.base.into", "model", "sources.base.into is 'model'; write what fits: input should be 'models' or"),
-        ("prepare.traces.format", "json", "prepare.traces.format is 'json'; write what fits: input should be 'besp"),
+        ("prepare.traces.format", "json", "prepare.traces.format is 'json'; write what fits: input should be 'aime"),
         ("prepare.traces.rows", 0, "prepare.traces.rows is 0; write what fits: input should be greater than 0"),
         ("prepare.traces.max_dropped_share", 5, "prepare.traces.max_dropped_share is 5; write what fits: input should"),
         ("sft.cold_start.global_batch_size", 6.4, "sft.cold_start.global_batch_size is 6.4; write what fits: input"),
         ("grpo.reasoning.rewards.format", "1", "grpo.reasoning.rewards.format is '1'; write what fits: input should"),
         ("grpo.reasoning.rewards", {}, "grpo.reasoning.rewards is {}; write what fits: dictionary should have at"),
         ("generate.models", [], "generate.models is []; write what fits: list should have at least 1 item"),
+        (
+            "tasks.problems.answer",
+            "text",
+            "tasks.problems.answer is 'text'; write what fits: input should be 'latex', 'l",
+        ),
+        ("evaluation", {"tokenizer": "base"}, "evaluation.max_tokens is missing; add it"),
+        (
+            "prepare.traces.decontaminate",
+            ["aime24"],
+            "prepare.traces.decontaminate is 'aime24', which is not defined; w",
+        ),
         ("tasks", {}, "tasks is {}; write what fits: dictionary should have at least 1 item"),
         ("tasks.problems.top_p", 1.5, "tasks.problems.top_p is 1.5; write what fits: input should be less than or"),
         ("sources.Big Name", {"into": "raw"}, "sources.Big Name is 'Big Name'; write what fits: string should match"),
@@ -146,6 +163,13 @@ def test_unset_num_generations_is_trls_default(sound, write_params):
     """8, so 60 completions are no whole groups either."""
     sound["grpo"]["reasoning"] |= {"trainer": {}, "global_batch_size": 60}
     assert "num_generations 8; write 56 or 64" in message(write_params(sound))
+
+
+@pytest.mark.parametrize("answer", ["latex", "letter", "number"])
+def test_kinds_of_answers(sound, write_params, answer):
+    sound["tasks"]["problems"]["answer"] = answer
+    sound["evaluation"] = {"tokenizer": "base", "max_tokens": 100, "dtype": "float32"}
+    assert load_params(write_params(sound)).tasks["problems"].answer == answer
 
 
 def test_a_misspelt_required_key_is_called_unknown(sound, write_params):

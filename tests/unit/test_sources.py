@@ -68,6 +68,7 @@ def test_files_name_what_comes_but_never_code_or_pickles():
     there = ["data/a.parquet", "data/b.parquet", "main/a.parquet", "load.py", "rows.pkl", "rows.bin"]
     assert sources.choose("x", hub("raw", ["data/*"]), there) == there[:2]
     assert sources.choose("x", hub("raw", ["*"]), there) == there[:3]
+    assert sources.choose("gpqa_diamond", hub("raw", ["a.csv"]), ["a.csv", "b.csv", "a.zip"]) == ["a.csv"]
     files = ["*.json", "model.safetensors", "*.py", "*.bin"]
     assert sources.choose("x", hub("models", files), [*MODEL, "x.py", "pytorch_model.bin"]) == MODEL
 
