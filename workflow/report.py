@@ -21,6 +21,7 @@ from workflow.charts import MINUS
 from workflow.params import Params, load_params
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 NBSP = "\u00a0"
@@ -31,6 +32,10 @@ ENDS = ("", "_low", "_high")  # of a share's name in a score file: the estimate 
 NEAR_ZERO = 0.02
 # Above this share, cut-off samples are worth a warning beside the verdict.
 MANY_TRUNCATED = 0.05
+
+# How many questions these gains need, with so many samples each, is in the report.
+PLANNED_GAINS = (0.01, 0.02, 0.05)
+PLANNED_SAMPLES = (1, 4, 16, 64)
 
 N_SAMPLES = 10
 LONGEST_TEXT = 6000  # characters of a completion shown in full
@@ -237,7 +242,23 @@ def paired_gain(step: Step, task: str, scores: dict, verdicts: dict) -> dict[str
         "better": int((change > 0).sum()),
         "same": int((change == 0).sum()),
         "worse": int((change < 0).sum()),
-        "verdict": "better" if paired.low > 0 else "worse" if paired.high < 0 else "not distinguishable",
+        "verdict": paired.verdict,
+        "power": power(after.to_numpy(), before.to_numpy()) if len(before) > 1 else None,
+    }
+
+
+def power(after: "np.ndarray", before: "np.ndarray") -> dict[str, Any]:
+    """The gain that a comparison like this one finds four times in five, and the questions it takes to find others.
+
+    Args:
+        after, before: (Q, S) with Q at least 2.
+    """
+    from workflow.stats import difference_variances, questions_needed, smallest_gain
+
+    variances = difference_variances(after, before)
+    return {
+        "smallest": smallest_gain(*after.shape, variances),
+        "questions": {gain: [questions_needed(gain, n, variances) for n in PLANNED_SAMPLES] for gain in PLANNED_GAINS},
     }
 
 
@@ -646,6 +667,8 @@ def main() -> None:
         "metrics": metrics,
         "gains": gains,
         "axis": charts.forest_axis(gains),
+        "planned": [row for task in params.tasks if (row := gain_of(gains, task, last)) and row["power"]],
+        "planned_samples": PLANNED_SAMPLES,
         "bars": charts.bars(params, scores),
         "kinds": kinds(params, phases),
         "curves": {phase: charts.panels(kind_of(params, phase), history) for phase, history in histories.items()},

@@ -259,6 +259,22 @@ def test_several_tasks_keep_the_metrics_few(tmp_path, monkeypatch):
     assert page.count('class="sample"') == 10
 
 
+def test_the_page_says_what_the_evaluation_can_see(tmp_path, monkeypatch):
+    make_run(tmp_path, THREE)
+    _, page, _ = run(monkeypatch, tmp_path)
+    correct = {}
+    for model in ("cold_start", "reasoning"):
+        verdicts = pd.read_parquet(f"data/scores/{model}/arithmetic.parquet")
+        correct[model] = verdicts.pivot(index="id", columns="sample", values="correct").to_numpy(float)
+    variances = stats.difference_variances(correct["reasoning"], correct["cold_start"])
+    section = page.split("What this evaluation can see")[1].split("</section>")[0]
+    cells = re.findall(r'<td class="n">([\d.,]*)</td>', section)
+    assert cells[0] == f"{100 * stats.smallest_gain(80, 4, variances):.1f}"
+    for row, gain in enumerate((0.01, 0.02, 0.05)):
+        needed = [f"{stats.questions_needed(gain, samples, variances):,}" for samples in (1, 4, 16, 64)]
+        assert cells[6 * row + 1 : 6 * row + 6] == [f"{100 * gain:.0f}", *needed]
+
+
 def test_equal_inputs_give_equal_files(tmp_path, monkeypatch):
     make_run(tmp_path, THREE)
 
