@@ -219,9 +219,7 @@ def paired_gain(step: Step, task: str, scores: dict, verdicts: dict) -> dict[str
     from workflow.stats import paired_difference
 
     models = (step.before, step.after)
-    before, after = (
-        verdicts[model, task].pivot(index="id", columns="sample", values="correct").astype(float) for model in models
-    )
+    before, after = (correct(verdicts[model, task]) for model in models)
     asked = {scores[model, task]["questions_sha256"] for model in models}
     if len(asked) > 1 or list(before.index) != list(after.index):
         raise stage.StageError(
@@ -243,20 +241,23 @@ def paired_gain(step: Step, task: str, scores: dict, verdicts: dict) -> dict[str
         "same": int((change == 0).sum()),
         "worse": int((change < 0).sum()),
         "verdict": paired.verdict,
-        "power": power(after.to_numpy(), before.to_numpy()) if len(before) > 1 else None,
     }
 
 
-def power(after: "np.ndarray", before: "np.ndarray") -> dict[str, Any]:
-    """The gain that a comparison like this one finds four times in five, and the questions it takes to find others.
+def correct(verdicts: "pd.DataFrame") -> "pd.DataFrame":
+    """A row per question, a column per sample: 1.0 where the answer is right."""
+    return verdicts.pivot(index="id", columns="sample", values="correct").astype(float)
 
-    Args:
-        after, before: (Q, S) with Q at least 2.
-    """
+
+def power(row: dict[str, Any], verdicts: dict) -> dict[str, Any]:
+    """The gain that a comparison such as this row of `paired_gain` finds four times in five, and the questions that it
+    takes to find others. There are two questions or more."""
     from workflow.stats import difference_variances, questions_needed, smallest_gain
 
+    after, before = (correct(verdicts[row[model], row["task"]]).to_numpy() for model in ("after", "before"))
     variances = difference_variances(after, before)
     return {
+        **row,
         "smallest": smallest_gain(*after.shape, variances),
         "questions": {gain: [questions_needed(gain, n, variances) for n in PLANNED_SAMPLES] for gain in PLANNED_GAINS},
     }
@@ -650,6 +651,7 @@ def main() -> None:
     histories = {phase: read_history(args.logs / kind_of(params, phase) / phase / "history.csv") for phase in phases}
     logged = stage_logs(params, phases, args.logs)
     gains = [paired_gain(step, task, scores, verdicts) for task in params.tasks for step in steps(params)]
+    claims = [row for task in params.tasks if (row := gain_of(gains, task, last))]
     sentences = [verdict_sentence(task, last, scores, gains) for task in params.tasks]
     taught = format_sentences(params, scores, gains)
     metrics = summary_metrics(params, scores, gains, logged)
@@ -667,7 +669,7 @@ def main() -> None:
         "metrics": metrics,
         "gains": gains,
         "axis": charts.forest_axis(gains),
-        "planned": [row for task in params.tasks if (row := gain_of(gains, task, last)) and row["power"]],
+        "planned": [power(row, verdicts) for row in claims if scores[last, row["task"]]["n_questions"] > 1],
         "planned_samples": PLANNED_SAMPLES,
         "bars": charts.bars(params, scores),
         "kinds": kinds(params, phases),
