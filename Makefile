@@ -49,8 +49,11 @@ lint: install ## ruff, snakefmt and snakemake --lint
 	snakefmt --check Snakefile
 	snakemake --lint
 
-bench: install ## Measure the stages beside the same calls written as bare scripts
+bench: install ## Measure the stages beside what one would use instead; DATA_DIR=… has MATH-500 for the scoring
 	python bench/overhead.py
+	python bench/generation.py
+	python bench/scoring.py
+	python bench/stats.py
 
 lock: install ## Resolve requirements/{cpu,gpu}.txt again from pyproject.toml; UV_OPTIONS=… for indexes of your own
 	$(COMPILE) --extra gpu --output-file requirements/gpu.txt

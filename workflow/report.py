@@ -21,7 +21,6 @@ from workflow.charts import MINUS
 from workflow.params import Params, load_params
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
 NBSP = "\u00a0"
@@ -258,6 +257,7 @@ def power(row: dict[str, Any], verdicts: dict) -> dict[str, Any]:
     variances = difference_variances(after, before)
     return {
         **row,
+        "samples": after.shape[1],
         "smallest": smallest_gain(*after.shape, variances),
         "questions": {gain: [questions_needed(gain, n, variances) for n in PLANNED_SAMPLES] for gain in PLANNED_GAINS},
     }

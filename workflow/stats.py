@@ -1,9 +1,16 @@
-"""Accuracies with their error bars. Every score matrix is questions x samples, 1.0 where the answer is correct."""
+"""Accuracies with their error bars. Every score matrix is questions x samples, 1.0 where the answer is correct.
 
+What the intervals cover and what the power figures achieve is measured in bench/stats.py.
+"""
+
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm, t
+from scipy.stats import t
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.proportion import proportion_confint
 
 
 @dataclass(frozen=True)
@@ -22,59 +29,120 @@ class Difference(Interval):
 
     p: float
 
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or `not distinguishable` where the interval holds 0."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "not distinguishable"
+
+
+@dataclass(frozen=True)
+class Variances:
+    """Where the noise of a paired difference comes from: with S samples its variance per question is q + s / S."""
+
+    questions: float  # q, of the true difference, between questions
+    samples: float  # s, of one sample of each model, within a question
+
 
 def mean_interval(scores: np.ndarray) -> Interval:
     """Accuracy with a 95 % interval that knows that samples of one question are alike.
 
-    The standard error is clustered by question: the standard deviation of the questions' means over √Q (Miller,
-    arXiv 2411.00640, section 2.2). The interval is Wilson's with the number of independent answers that gives this
-    standard error, m = p(1 - p)/se², kept between Q (samples of a question always agree) and Q·S (they are
-    independent). So it stays inside [0, 1], is right for few questions and for accuracies of 0 and 1, and tends to
-    mean ± 1.96 se for many questions. A single question has no spread between questions: its se is √(p(1 - p)).
+    It is about the mean success chance of all questions that could have been asked (Miller, arXiv 2411.00640).
+    The standard error is clustered by question: the standard deviation of the questions' means over √Q (section
+    2.2). The interval is Wilson's with Q/f independent answers, where f is the part of an answer's variance that lies
+    between questions: from 1/S (samples are independent) to 1 (samples of a question always agree). f is estimated
+    with one question more, on which the chance is even and all samples agree. It counts only where few questions
+    were asked or nearly all were answered alike, so that the data cannot rule out a few questions of another kind. A
+    single question has no spread between questions: its se is √(p(1 - p)).
 
     Args:
         scores: (Q questions, S samples), values in [0, 1].
     """
     questions, samples = scores.shape
     mean = float(scores.mean())
-    se = float(np.sqrt(mean * (1 - mean)))
-    answers = float(questions)
-    if questions > 1:
-        se = float(scores.mean(axis=1).std(ddof=1) / np.sqrt(questions))
-        if 0 < mean < 1:
-            answers = float(mean * (1 - mean) / max(se**2, mean * (1 - mean) / (questions * samples)))
-            answers = max(answers, float(questions))
-    z = float(norm.ppf(0.975))
-    centre = (mean + z**2 / (2 * answers)) / (1 + z**2 / answers)
-    half = z / (1 + z**2 / answers) * np.sqrt(mean * (1 - mean) / answers + z**2 / (4 * answers**2))
-    # Rounding may leave the exact ends 0 and 1 by 1e-17.
-    return Interval(mean, se, min(float(max(0.0, centre - half)), mean), max(float(min(1.0, centre + half)), mean))
+    chance = mean * (1 - mean)
+    between = float(scores.mean(axis=1).var(ddof=1)) if questions > 1 else chance
+    share = (questions * between + 0.25) / (questions * chance + 0.25)
+    answers = questions / min(max(share, 1 / samples), 1)
+    low, high = proportion_confint(mean * answers, answers, method="wilson")
+    # Rounding may leave a mean of 0 or 1 outside by 1e-17.
+    return Interval(mean, float(np.sqrt(between / questions)), min(low, mean), max(high, mean))
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
-    """Accuracy of a minus accuracy of b on the same questions, with a 95 % interval and p from Student's t.
+    """Accuracy of a minus accuracy of b on the same questions, with a 95 % interval and p from one paired t test.
 
-    Questions are the units (paired differences of the questions' means; Miller, arXiv 2411.00640, section 4.2).
-    With one sample per question, or where all questions differ by the same, two questions are added, one on which a
-    is better by one sample and one on which b is: the adjusted Wald interval of Bonett and Price (2012, doi
-    10.3102/1076998611411915). It keeps the interval from shrinking to nothing where a and b agree on all of a few
-    questions. `mean` is the plain difference; `se` is that of the data from which the interval and p come.
+    Questions are the units: differences of the questions' means (Miller, arXiv 2411.00640, section 4.2). To their sum
+    of squares is added what two questions with even chances give on average, (1/S + 1/S') / 2. Without it the interval
+    shrinks to nothing where a and b agree on all of a few questions, and t rejects a little too often where each
+    question has one sample. There the test decides as McNemar's mid-p test does, but for a handful of outcomes that it
+    lets pass; McNemar's exact test finds fewer real gains and has no interval. A single question has no spread between
+    questions: the largest there is, 1, stands in.
 
     Args:
         a, b: (Q, S) and (Q, S'), rows in the same order of questions.
     """
     if len(a) != len(b):
         raise ValueError(f"a has {len(a)} questions and b has {len(b)}; give the rows of the questions both have")
-    samples = min(a.shape[1], b.shape[1])
+    questions = len(a)
     differences = a.mean(axis=1) - b.mean(axis=1)
-    if samples == 1 or np.ptp(differences) == 0:
-        differences = np.append(differences, [1 / samples, -1 / samples])
-    centre = float(differences.mean())
-    se = float(differences.std(ddof=1) / np.sqrt(len(differences)))
-    freedom = len(differences) - 1
+    mean = float(differences.mean())
+    freedom = max(questions - 1, 1)
+    variance = float(differences.var(ddof=1)) if questions > 1 else 1.0
+    se = float(np.sqrt((variance + _added(a.shape[1], b.shape[1]) / freedom) / questions))
     half = float(t.ppf(0.975, freedom)) * se
-    p = float(2 * t.sf(abs(centre) / se, freedom))
-    return Difference(float(a.mean() - b.mean()), se, max(-1.0, centre - half), min(1.0, centre + half), p)
+    p = float(2 * t.sf(abs(mean) / se, freedom))
+    return Difference(mean, se, max(-1.0, mean - half), min(1.0, mean + half), p)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """The p-values of several comparisons, adjusted so that all are right together (Holm 1979)."""
+    return multipletests(p_values, method="holm")[1].tolist()
+
+
+def difference_variances(a: np.ndarray, b: np.ndarray) -> Variances:
+    """Split the variance of a paired difference into what more samples reduce and what only more questions do.
+
+    Unbiased for two samples or more, so `questions` may come out a little below 0. One sample cannot tell the two
+    apart: all the variance of that model then counts as the questions', and figures for more samples are pessimistic.
+
+    Args:
+        a, b: (Q, S) and (Q, S'), rows in the same order of questions, Q at least 2.
+    """
+    within = [float(one.var(axis=1, ddof=1).mean()) if one.shape[1] > 1 else 0.0 for one in (a, b)]
+    total = float((a.mean(axis=1) - b.mean(axis=1)).var(ddof=1))
+    return Variances(total - within[0] / a.shape[1] - within[1] / b.shape[1], sum(within))
+
+
+def smallest_gain(n_questions: int, n_samples: int, variances: Variances) -> float:
+    """The true gain that `paired_difference` finds 80 times in 100 (Miller, arXiv 2411.00640, section 5).
+
+    Args:
+        n_questions: at least 2.
+        n_samples: per question, of both models.
+        variances: of these two models or of two that differ as much.
+    """
+    variance = max(variances.questions, 0.0) + variances.samples / n_samples
+    sd = np.sqrt(variance + _added(n_samples, n_samples) / (n_questions - 1))
+    effect = TTestPower().solve_power(nobs=n_questions, alpha=0.05, power=0.8, alternative="two-sided")
+    return float(sd * np.squeeze(effect))  # one of the solvers in statsmodels returns an array
+
+
+def questions_needed(gain: float, n_samples: int, variances: Variances) -> int:
+    """How many questions `paired_difference` needs to find a true gain 80 times in 100.
+
+    Args:
+        gain: at least 0.001, a tenth of a point.
+        n_samples, variances: as for `smallest_gain`.
+    """
+    if gain < 0.001:
+        raise ValueError(f"a gain of {gain} cannot be planned for; write one of at least 0.001")
+    counts = range(2, 10**7)
+    return counts[bisect_left(counts, True, key=lambda n: smallest_gain(n, n_samples, variances) <= gain)]
+
+
+def _added(samples_a: int, samples_b: int) -> float:
+    """The squared difference of two questions on which both models have an even chance, on average."""
+    return (1 / samples_a + 1 / samples_b) / 2
 
 
 def pass_at_k(scores: np.ndarray, k: int) -> np.ndarray:
