@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from workflow import charts, stage
 from workflow.charts import MINUS
-from workflow.report import ENDS, NBSP, bound, p_value, percent, points, render, with_interval
+from workflow.pages import ENDS, NBSP, bound, p_value, percent, points, render, with_interval
 from workflow.sources import some
 from workflow.stage import StageError
 

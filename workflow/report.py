@@ -18,14 +18,25 @@ from typing import TYPE_CHECKING, Any
 
 from workflow import charts, prompts, stage
 from workflow.charts import MINUS
+from workflow.pages import (
+    ENDS,
+    NBSP,
+    REASONS,
+    bound,
+    existing,
+    p_value,
+    percent,
+    points,
+    read_json,
+    read_parquet,
+    render,
+    with_interval,
+)
 from workflow.params import Params, load_params
+from workflow.viewer import write_viewer
 
 if TYPE_CHECKING:
     import pandas as pd
-
-NBSP = "\u00a0"
-
-ENDS = ("", "_low", "_high")  # of a share's name in a score file: the estimate and its 95 % interval
 
 # Below this pass@1 a model solves so little that a difference says nothing about what it learned.
 NEAR_ZERO = 0.02
@@ -39,15 +50,6 @@ PLANNED_SAMPLES = (1, 4, 16, 64)
 N_SAMPLES = 10
 LONGEST_TEXT = 6000  # characters of a completion shown in full
 
-REASONS = {
-    "correct": "the answer equals the gold answer",
-    "wrong": "the answer differs from the gold answer",
-    "unparsed": "no answer could be read",
-    "gold_unparsed": "the gold answer could not be read",
-    "timeout": "comparing the answers took too long",
-    "error": "comparing the answers failed",
-}
-
 # The columns of plots/<file>.csv that `plots` in dvc.yaml names; rewards have a file each. What is measured on held-out
 # rows is logged at other steps than the training, so it has files of its own.
 PLOTTED = {
@@ -58,68 +60,7 @@ PLOTTED = {
 }
 
 
-# Numbers as text
-
-
-def percent(share: float) -> str:
-    """A share in [0, 1] as percent with one decimal."""
-    return f"{100 * share:.1f}{NBSP}%"
-
-
-def points(difference: float) -> str:
-    """A difference of two shares as signed percentage points."""
-    text = f"{100 * difference:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", MINUS)
-
-
-def bound(difference: float) -> str:
-    """An interval bound in percentage points: signed only when negative."""
-    return points(difference).removeprefix("+")
-
-
-def p_value(p: float) -> str:
-    """`p < .001` or `p = .043`."""
-    return f"p{NBSP}<{NBSP}.001" if p < 0.001 else f"p{NBSP}={NBSP}{min(p, 1):.3f}".replace("0.", ".")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `42 s`, `3 min 20 s` or `2 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}{NBSP}s"
-    if whole < 3600:
-        return f"{whole // 60}{NBSP}min {whole % 60:02d}{NBSP}s"
-    return f"{whole // 3600}{NBSP}h {whole % 3600 // 60:02d}{NBSP}min"
-
-
-def memory(mib: float) -> str:
-    """MiB as `812 MiB` or `3.4 GiB`."""
-    return f"{mib:.0f}{NBSP}MiB" if mib < 1024 else f"{mib / 1024:.1f}{NBSP}GiB"
-
-
 # Reading
-
-
-def existing(file: Path) -> Path:
-    """The file; a StageError where there is none."""
-    if not file.is_file():
-        raise stage.StageError(f"{file} does not exist; run the stage that writes it, e.g. with: dvc repro")
-    return file
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """One JSON object; a StageError where the file is missing or not JSON."""
-    try:
-        return json.loads(existing(file).read_text())
-    except json.JSONDecodeError as error:
-        raise stage.StageError(f"{file} is not JSON ({error}); delete it and run its stage again") from None
-
-
-def read_parquet(file: Path, columns: list[str] | None = None) -> "pd.DataFrame":
-    """A parquet file, or the named columns of it; a StageError where it is missing."""
-    import pandas as pd
-
-    return pd.read_parquet(existing(file), columns=columns)
 
 
 def read_history(file: Path) -> "pd.DataFrame":
@@ -358,10 +299,6 @@ def result_table(params: Params, task: str, scores: dict, gains: list[dict]) -> 
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map("{:{}{}}".format, row, "<<>>>>", widths)) for row in rows]
     return "\n".join([title, "", *lines])
-
-
-def with_interval(value: str, low: str, high: str) -> str:
-    return f"{value} [{low:>5}, {high:>5}]"
 
 
 # Data
@@ -615,24 +552,6 @@ def card_values(params: Params, logs: Path, questions: Path) -> dict[str, Any]:
     }
 
 
-def render(template: str, values: dict[str, Any]) -> str:
-    """A template beside this file, filled in. HTML and SVG are escaped, because completions may hold anything."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=lambda name: str(name).endswith((".html.jinja", ".svg.jinja")),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    filters = (percent, points, bound, p_value, duration, memory, charts.axis_label)
-    environment.filters.update({function.__name__: function for function in filters})
-    environment.filters["json"] = partial(json.dumps, ensure_ascii=False)
-    return environment.get_template(template).render(values)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scores", type=Path, required=True, help="folder of <model>/<task>.json and .parquet")
@@ -659,6 +578,7 @@ def main() -> None:
     commit, changed = git_state()
 
     write_plots(params, histories, scores, args.output / "plots")
+    write_viewer(params, args.questions, args.samples, args.scores, args.output)
     values = {
         "params": params,
         "params_text": Path("params.yaml").read_text(),

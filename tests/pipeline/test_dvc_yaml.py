@@ -93,7 +93,7 @@ def test_code_that_runs_is_a_dependency_and_no_other(entry):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_templates_that_are_read_are_dependencies(entry):
-    files = {file.name for file in (ROOT / "workflow").glob("*.jinja")}
+    files = {file.name for file in (ROOT / "workflow").iterdir() if file.suffix in (".jinja", ".js")}
     source = "".join((ROOT / f"workflow/{module}.py").read_text() for module in closure(entry))
     read = {f"workflow/{name}" for name in files if name in source}
     assert {dep for dep in body(entry)["deps"] if dep.startswith("workflow/") and not dep.endswith(".py")} == read

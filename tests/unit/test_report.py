@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 
-from workflow import charts, report, stats
+from workflow import charts, pages, report, stats
 from workflow.params import load_params
 from workflow.prepare import length_report
 from workflow.stage import StageError
@@ -88,7 +88,9 @@ def write_questions(root: Path, name: str, questions: list[str]) -> None:
     prompts = [[{"role": "system", "content": "Think."}, {"role": "user", "content": text}] for text in questions]
     table = pd.DataFrame({"id": [f"{name}-{i:06d}" for i in range(len(questions))], "prompt": prompts})
     (root / "data/prepared").mkdir(parents=True, exist_ok=True)
-    table.assign(completion=None, solution="4").to_parquet(root / f"data/prepared/{name}.parquet")
+    table.assign(completion=None, solution=[str(12 + i) for i in range(len(questions))]).to_parquet(
+        root / f"data/prepared/{name}.parquet"
+    )
 
 
 def write_evaluation(root: Path, model: str, task: str, questions: int, accuracy: float) -> None:
@@ -106,6 +108,7 @@ def write_evaluation(root: Path, model: str, task: str, questions: int, accuracy
                 {
                     "id": f"{task}-{index:06d}",
                     "sample": sample,
+                    "seed": 4 * index + sample,
                     "correct": correct,
                     "strict": correct,
                     "reason": "correct" if correct else "unparsed" if sample % 2 else "wrong",
@@ -133,8 +136,8 @@ def write_evaluation(root: Path, model: str, task: str, questions: int, accuracy
     scores.mkdir(parents=True, exist_ok=True)
     samples.mkdir(parents=True, exist_ok=True)
     (scores / f"{task}.json").write_text(json.dumps(score))
-    table.drop(columns="completion").to_parquet(scores / f"{task}.parquet")
-    table[["id", "sample", "completion", "tokens", "finish_reason"]].to_parquet(samples / f"{task}.parquet")
+    table.drop(columns=["completion", "seed"]).to_parquet(scores / f"{task}.parquet")
+    table[["id", "sample", "seed", "completion", "tokens", "finish_reason"]].to_parquet(samples / f"{task}.parquet")
 
 
 def write_history(root: Path, kind: str, phase: str, steps: int) -> None:
@@ -219,7 +222,7 @@ THREE = {"base": 0.0, "cold_start": 0.5, "reasoning": 0.8}
 
 
 def plain(text: str) -> str:
-    return text.replace(report.NBSP, " ")
+    return text.replace(pages.NBSP, " ")
 
 
 def test_metrics_are_about_ten_flat_numbers(tmp_path, monkeypatch):
@@ -435,7 +438,7 @@ def test_page_is_well_formed_and_asks_for_nothing_outside(tmp_path, monkeypatch)
     assert not {"script", "img", "iframe", "object", "base", "form"} & set(names)
     for tag, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on") or name == "src"], (tag, attributes)
-        assert (attributes.get("href") or "data:").startswith("data:")
+        assert (attributes.get("href") or "data:").startswith(("data:", "samples.html"))
     style = text[text.index("<style>") : text.index("</style>")]
     assert not re.search(r"@import|https?:|url\((?!#)", style)
 
@@ -658,18 +661,18 @@ def test_git_state_names_what_differs(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (report.percent(0.5214), "52.1 %"),
-        (report.points(0.289), "+28.9"),
-        (report.points(-0.0123), "\u22121.2"),
-        (report.points(0.00001), "0.0"),
-        (report.bound(0.26), "26.0"),
-        (report.p_value(0.0002), "p < .001"),
-        (report.p_value(0.0431), "p = .043"),
-        (report.p_value(1.0), "p = 1.000"),
-        (report.duration(3725), "1 h 02 min"),
-        (report.duration(59.7), "1 min 00 s"),
-        (report.memory(812), "812 MiB"),
-        (report.memory(3482), "3.4 GiB"),
+        (pages.percent(0.5214), "52.1 %"),
+        (pages.points(0.289), "+28.9"),
+        (pages.points(-0.0123), "\u22121.2"),
+        (pages.points(0.00001), "0.0"),
+        (pages.bound(0.26), "26.0"),
+        (pages.p_value(0.0002), "p < .001"),
+        (pages.p_value(0.0431), "p = .043"),
+        (pages.p_value(1.0), "p = 1.000"),
+        (pages.duration(3725), "1 h 02 min"),
+        (pages.duration(59.7), "1 min 00 s"),
+        (pages.memory(812), "812 MiB"),
+        (pages.memory(3482), "3.4 GiB"),
         (charts.axis_label(0.0001), "1e\u22124"),
         (charts.axis_label(250), "250"),
         (charts.axis_label(0), "0"),
