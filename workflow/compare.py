@@ -302,7 +302,7 @@ def solved(samples: "pd.Series") -> str:
 
 
 def judged(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The comparisons of one task with their final verdict and a sentence.
+    """All comparisons, of all tasks, with their final verdict and a sentence.
 
     Of several, some differ by chance. So their p are Holm's (1979), and what does not pass is not distinguishable.
     """
@@ -360,7 +360,7 @@ def compare_task(task: str, sides: list[Side]) -> dict[str, Any]:
         "task": task,
         "only": f"{task} is in {those} only." if len(having) < len(sides) else "",
         "rows": [{"label": side.label, **side.scores[task]} for side in having],
-        "pairs": judged(pairs),
+        "pairs": pairs,
         "notes": notes,
     }
 
@@ -381,6 +381,8 @@ def compare(sides: list[Side]) -> dict[str, Any]:
     tasks = [compare_task(task, sides) for task in dict.fromkeys(task for side in sides for task in side.scores)]
     if not any(task["pairs"] for task in tasks):
         raise StageError(" ".join(text for task in tasks for text in (task["only"], *task["notes"]) if text))
+    final = iter(judged([row for task in tasks for row in task["pairs"]]))
+    tasks = [{**task, "pairs": [next(final) for _ in task["pairs"]]} for task in tasks]
     notes = [
         f"the results of {side.label} are not those of its params.yaml and dvc.lock, what differs is "
         f"{some(side.outdated)}; run dvc repro there."

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import hashlib
 import json
 import os
 import resource
@@ -12,7 +11,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions, version
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,11 @@ if TYPE_CHECKING:
 def chunks(requests: int, size: int) -> list[range]:
     """The requests of every chunk. Request r is sample r % n of question r // n."""
     return [range(first, min(first + size, requests)) for first in range(0, requests, size)]
+
+
+def prompt_file(folder: Path) -> Path:
+    """Where the questions lie as JSON: a list of {id, prompt}, the prompt as token ids."""
+    return folder / "prompts.json"
 
 
 def chunk_file(folder: Path, chunk: int) -> Path:
@@ -98,52 +102,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", help="a name under tasks in params.yaml")
     parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--questions", type=Path, required=True, help="the task's prepared parquet")
-    parser.add_argument("--folder", type=Path, required=True, help="folder of the finished chunks")
-    parser.add_argument("--number", type=int, required=True, help="of this engine")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the prompts and the finished chunks")
+    parser.add_argument("--engines", type=int, required=True, help="how many there are")
+    parser.add_argument("--number", type=int, required=True, help="of this one")
     args = parser.parse_args()
     params, hardware = load_params(), load_hardware()
     task = pick(params.tasks, args.task, "tasks")
 
     import pyarrow as pa
-    import pyarrow.parquet as pq
-    from transformers import AutoConfig, AutoTokenizer
-
-    questions = pq.read_table(args.questions, columns=["id", "prompt"]).to_pylist()[: task.questions]
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = [
-        tokenizer.apply_chat_template(question["prompt"], tokenize=False, add_generation_prompt=True)
-        for question in questions
-    ]
-    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    needed = max(map(len, prompts)) + task.max_tokens
-    context = AutoConfig.from_pretrained(args.model).max_position_embeddings
-    if needed > context:
-        raise stage.StageError(
-            f"the longest question and tasks.{args.task}.max_tokens need {needed} tokens, the context of "
-            f"{args.model.name} is {context}; write max_tokens {task.max_tokens - needed + context} or less"
-        )
-
     from vllm import LLM, SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import RequestOutputKind
 
+    unknown = sorted(set(hardware.vllm) - {field.name for field in fields(EngineArgs)})
+    if unknown:
+        raise stage.StageError(f"vllm.{unknown[0]} in the hardware file is no argument of vllm.LLM; remove it")
+    questions = json.loads(prompt_file(args.folder).read_text())
     llm = LLM(
         model=str(args.model),
-        max_model_len=needed,
+        max_model_len=max(len(question["prompt"]) for question in questions) + task.max_tokens,
         enable_prefix_caching=True,
         seed=params.seed,
         dtype=task.dtype,
         use_tqdm_on_load=False,
         **hardware.vllm,
     )
-    settings = {
-        **task.model_dump(exclude={"answer", "questions"}),
-        "chat_template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
-        "tensor_parallel_size": hardware.vllm.get("tensor_parallel_size", 1),
-        "vllm": version(packages_distributions()["vllm"][0]),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-    }
     requests = [(question, sample) for question in range(len(questions)) for sample in range(task.n_samples)]
     seeds = [seed_of(params.seed, questions[question]["id"], sample) for question, sample in requests]
     sampling = [
@@ -156,12 +139,14 @@ def main() -> None:
         )
         for seed in seeds
     ]
-    size, ahead = hardware.generation.chunk, hardware.generation.ahead
+    size = hardware.generation.chunk
     parts = chunks(len(requests), size)
-    prompts = [prompts[question] for question, _ in requests]
-    progress = stage.Progress("generate", len(requests))
-    there = sum(len(part) for chunk, part in enumerate(parts) if chunk_file(args.folder, chunk).exists())
-    progress.update(there)
+    prompts = [questions[question]["prompt"] for question, _ in requests]
+    missing = sum(len(part) for chunk, part in enumerate(parts) if not chunk_file(args.folder, chunk).exists())
+    # No engine takes so much in advance that nothing is left for the others.
+    ahead = min(hardware.generation.ahead, missing // (2 * args.engines))
+    progress = stage.Progress("generate" if args.engines == 1 else f"generate, engine {args.number}", len(requests))
+    progress.update(len(requests) - missing)
     started, tokens = time.monotonic(), 0
     found: dict[int, dict[int, Any]] = defaultdict(dict)
     finished = answers(llm, take(args.folder, len(parts)), parts, prompts, sampling, ahead)
@@ -169,7 +154,7 @@ def main() -> None:
         chunk = request // size
         found[chunk][request] = output
         tokens += len(output.token_ids)
-        progress.update(there + count)
+        progress.update(len(requests) - missing + count)
         if len(found[chunk]) == len(parts[chunk]):
             outputs = found.pop(chunk)
             rows = [
@@ -183,8 +168,7 @@ def main() -> None:
                 }
                 for request in parts[chunk]
             ]
-            table = pa.Table.from_pylist(rows).replace_schema_metadata({"generation": json.dumps(settings)})
-            write(table, chunk_file(args.folder, chunk))
+            write(pa.Table.from_pylist(rows), chunk_file(args.folder, chunk))
     facts = {
         "tokens": tokens,
         "seconds": time.monotonic() - started,

@@ -21,6 +21,25 @@ from workflow.launch import Hardware, gpus, load_hardware
 from workflow.params import ParamsError, load_params, pick
 
 SCRATCH = Path(".scratch/generate")
+MEMORY = ("gpu_memory_utilization", "kv_cache_memory_bytes")  # options of vLLM that change no sample
+
+
+def read_questions(file: Path, count: int | None) -> list[dict[str, Any]]:
+    """The first `count` questions of a task, or all: id and prompt.
+
+    Raises:
+        StageError: there are none, or fewer.
+    """
+    import pyarrow.parquet as pq
+
+    if not file.is_file():
+        raise stage.StageError(f"{file} does not exist; write it with: dvc repro")
+    questions = pq.read_table(file, columns=["id", "prompt"]).to_pylist()
+    if len(questions) < (count or 1):
+        raise stage.StageError(
+            f"{file} has {len(questions)} questions and the task asks {count or 'at least 1'}; ask less"
+        )
+    return questions[:count]
 
 
 def fingerprint(
@@ -36,6 +55,7 @@ def fingerprint(
         "questions": questions,
         "settings": settings,
         "vllm": hardware.vllm,
+        "environment": hardware.environment,
         "chunk": hardware.generation.chunk,
         "versions": [version(library) for library in libraries],
         "code": Path(engine.__file__).read_text(),
@@ -58,13 +78,32 @@ def main() -> None:
 
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from transformers import AutoConfig, AutoTokenizer
 
-    questions = pq.read_table(args.questions, columns=["id", "prompt"]).to_pylist()[: task.questions]
-    settings = {"seed": params.seed, **task.model_dump(exclude={"answer"})}
+    questions = read_questions(args.questions, task.questions)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = [
+        tokenizer.apply_chat_template(one["prompt"], tokenize=False, add_generation_prompt=True) for one in questions
+    ]
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    needed = max(map(len, prompts)) + task.max_tokens
+    context = AutoConfig.from_pretrained(args.model).max_position_embeddings
+    if needed > context:
+        raise stage.StageError(
+            f"the longest question and tasks.{args.task}.max_tokens need {needed} tokens, the context of "
+            f"{args.model.name} is {context}; write max_tokens {task.max_tokens - needed + context} or less"
+        )
     libraries = [packages_distributions()["vllm"][0], "torch", "transformers"]
-    folder = SCRATCH / fingerprint(args.model, questions, settings, hardware, libraries)
+    settings = {
+        **task.model_dump(exclude={"answer", "questions"}),
+        "chat_template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        "tensor_parallel_size": hardware.vllm.get("tensor_parallel_size", 1),
+        "options": {name: value for name, value in sorted(hardware.vllm.items()) if name not in MEMORY},
+        **{name.removesuffix("-cpu"): version(name) for name in libraries},
+    }
+    folder = SCRATCH / fingerprint(args.model, questions, {"seed": params.seed, **settings}, hardware, libraries)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in [*folder.glob("*.taken"), *folder.glob("*.part")]:
+    for file in [*folder.glob("*.taken"), *folder.glob("*.part"), *folder.glob("engine*.json")]:
         file.unlink()  # of a run that was killed
     parts = engine.chunks(len(questions) * task.n_samples, hardware.generation.chunk)
     files = [engine.chunk_file(folder, chunk) for chunk in range(len(parts))]
@@ -73,13 +112,16 @@ def main() -> None:
     if kept:
         print(f"generate: {kept} samples are there from a run that did not end", flush=True)
     if missing:
-        what = [args.task, "--model", args.model, "--questions", args.questions, "--folder", folder]
-        code = launch.run(engines(hardware, gpus(os.environ), len(missing), [str(word) for word in what]))
+        asked = [{"id": one["id"], "prompt": ids} for one, ids in zip(questions, prompts, strict=True)]
+        engine.prompt_file(folder).write_text(json.dumps(asked))
+        devices = () if hardware.trainer.get("use_cpu") else gpus(os.environ)
+        what = [args.task, "--model", str(args.model), "--folder", str(folder)]
+        code = launch.run(engines(hardware, devices, len(missing), what))
         if code:
             sys.exit(code)
 
     table = pa.concat_tables([pq.read_table(file) for file in files]).combine_chunks()
-    engine.write(table, args.output)
+    engine.write(table.replace_schema_metadata({"generation": json.dumps(settings)}), args.output)
     lengths = table["tokens"].to_pylist()
     facts: dict[str, Any] = {"samples": len(lengths), "tokens": sum(lengths), "samples_kept": kept}
     summary = f"{len(lengths)} samples, {sum(lengths) / len(lengths):.0f} tokens each"
@@ -103,18 +145,20 @@ def engines(hardware: Hardware, devices: tuple[str, ...], most: int, arguments: 
         ParamsError: an engine needs more GPUs than there are.
     """
     each = hardware.vllm.get("tensor_parallel_size", 1)
-    if devices and len(devices) < each:
-        raise ParamsError(
-            f"the hardware file's vllm.tensor_parallel_size is {each} and {len(devices)} GPUs may be used"
-        )
     count = hardware.generation.engines or max(1, len(devices) // each)
+    if devices and count * each > len(devices):
+        raise ParamsError(
+            f"the hardware file asks for {count} engines (generation.engines) on {each} GPUs each "
+            f"(vllm.tensor_parallel_size) and {len(devices)} may be used; write less"
+        )
+    count = min(count, most)
     return [
         launch.Command(
             f"engine {number}",
-            [sys.executable, "-m", "workflow.engine", *arguments, "--number", str(number)],
+            [sys.executable, "-m", "workflow.engine", *arguments, "--engines", str(count), "--number", str(number)],
             {"CUDA_VISIBLE_DEVICES": ",".join(devices[number * each : (number + 1) * each])} if devices else {},
         )
-        for number in range(min(count, most))
+        for number in range(count)
     ]
 
 

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, build_opener
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from workflow import stage
 from workflow.params import Params, ParamsError, Section, load_params, one_sentence, pick
@@ -88,6 +88,14 @@ class Hardware(Section):
     environment: dict[str, str] = Field({}, description="Environment variables of training and generation.")
     vllm: dict[str, Any] = Field({}, description="Arguments of vllm.LLM in generate.")
     generation: Generation = Generation()
+
+    @field_validator("vllm")
+    @classmethod
+    def _vllm_leaves_what_the_task_says(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name in ("model", "max_model_len", "enable_prefix_caching", "seed", "dtype"):
+            if name in options:
+                raise ValueError(f"{name} is set by the stage generate; remove it")
+        return options
 
     @model_validator(mode="after")
     def _server_fits(self) -> "Hardware":

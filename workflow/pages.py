@@ -50,6 +50,18 @@ def read_parquet(file: Path, columns: list[str] | None = None) -> "pd.DataFrame"
     return pd.read_parquet(existing(file), columns=columns)
 
 
+def read_samples(file: Path, columns: list[str]) -> "pd.DataFrame":
+    """Columns of a samples file; in completions what is not UTF-8 becomes U+FFFD."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(existing(file), columns=columns)
+    texts = table["completion"].cast(pa.large_binary()).to_pylist()
+    rows = table.drop_columns("completion").to_pandas()
+    rows["completion"] = [text.decode(errors="replace") for text in texts]
+    return rows[columns]
+
+
 # Numbers as text
 
 

@@ -29,6 +29,7 @@ from workflow.pages import (
     points,
     read_json,
     read_parquet,
+    read_samples,
     render,
     with_interval,
 )
@@ -305,12 +306,23 @@ def result_table(params: Params, task: str, scores: dict, gains: list[dict]) -> 
 
 
 def overlaps(params: Params, phases: list[str], questions: Path) -> list[dict[str, Any]]:
-    """How many evaluation questions of each task occur word for word in the training set of each phase."""
+    """How many evaluation questions of each task occur word for word in the training set of each phase.
+
+    The instructions behind them, which may differ, are left out.
+    """
+    instructions = [prepare.instruction for prepare in params.prepare.values() if prepare.instruction]
+
+    def bare(name: str) -> "pd.Series":
+        texts = read_questions(questions / f"{name}.parquet")["question"]
+        for instruction in instructions:
+            texts = texts.str.removesuffix(f"\n{instruction}")
+        return texts
+
     datasets = {phase: params.phases[phase].dataset for phase in phases}
-    trained = {name: set(read_questions(questions / f"{name}.parquet")["question"]) for name in datasets.values()}
+    trained = {name: set(bare(name)) for name in datasets.values()}
     rows = []
     for task, settings in params.tasks.items():
-        asked = read_questions(questions / f"{task}.parquet")["question"][: settings.questions]
+        asked = bare(task)[: settings.questions]
         for phase, name in datasets.items():
             seen = int(asked.isin(trained[name]).sum())
             rows.append({"task": task, "phase": phase, "dataset": name, "seen": seen, "asked": len(asked)})
@@ -373,7 +385,7 @@ def pick_samples(params: Params, questions: Path, samples: Path, verdicts: dict)
         count = N_SAMPLES // len(params.tasks) + (index < N_SAMPLES % len(params.tasks))
         file = samples / last / f"{task}.parquet"
         rows = draw(verdicts[last, task], count, f"{params.seed}:{task}")
-        rows = rows.merge(read_parquet(file, ["id", "sample", "completion"]), how="left", on=["id", "sample"])
+        rows = rows.merge(read_samples(file, ["id", "sample", "completion"]), how="left", on=["id", "sample"])
         rows = rows.merge(read_questions(questions / f"{task}.parquet"), how="left", on="id")
         lost = rows[rows[["completion", "question"]].isna().any(axis=1)]
         if len(lost):

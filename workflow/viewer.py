@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflow import prompts
-from workflow.pages import REASONS, read_parquet, render
+from workflow.pages import REASONS, read_parquet, read_samples, render
 from workflow.params import Params
 from workflow.stage import StageError
 
@@ -145,7 +145,7 @@ def asked_questions(
 def judged_samples(samples: Path, verdicts: Path) -> "pd.DataFrame":
     """The samples in one file with their verdicts in the other."""
 
-    given, judged = read_parquet(samples, SAMPLE_COLUMNS), read_parquet(verdicts, VERDICT_COLUMNS)
+    given, judged = read_samples(samples, SAMPLE_COLUMNS), read_parquet(verdicts, VERDICT_COLUMNS)
     for file, table in ((samples, given), (verdicts, judged)):
         twice = table[table.duplicated(KEY)]
         if len(twice):

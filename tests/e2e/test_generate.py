@@ -17,6 +17,7 @@ import yaml
 from workflow import engine, launch
 from workflow.miniature import MODEL
 from workflow.params import ParamsError
+from workflow.stage import StageError
 
 QUESTIONS, SAMPLES, CHUNK = 900, 4, 128
 CHUNKS = -(-QUESTIONS * SAMPLES // CHUNK)
@@ -58,7 +59,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tasks": {"sums": TASK},
     }
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    for name, options in {"one": {}, "two": {"engines": 2}}.items():
+    for name, options in {"one": {}, "two": {"engines": 2}, "full": {"engines": 2, "ahead": 1024}}.items():
         hardware = yaml.safe_load((launch.HERE / "hardware/cpu.yaml").read_text())
         hardware["vllm"]["kv_cache_memory_bytes"] = 2**28
         hardware["generation"] |= {"chunk": CHUNK, **options}
@@ -149,17 +150,26 @@ def test_killed_and_started_again_gives_the_same_bytes(victim: str, inputs: Path
     assert list((tmp_path / ".scratch/generate").iterdir()) == []
 
 
-def test_two_engines_share_the_chunks_and_give_the_same_bytes(inputs: Path, tmp_path: Path, whole: Path) -> None:
-    run = start(inputs, tmp_path, "two")
+@pytest.mark.parametrize("hardware", ["two", "full"])
+def test_two_engines_share_the_chunks(hardware: str, inputs: Path, tmp_path: Path, whole: Path) -> None:
+    """`full` takes chunks in advance, as on GPUs, where what shares a batch with a sample may differ."""
+    run = start(inputs, tmp_path, hardware)
     tokens = {}
     while run.poll() is None:
         for file in tmp_path.glob(".scratch/generate/*/engine*.json"):
-            tokens[file.name] = file.stat().st_size
+            text = file.read_text()
+            if text.endswith("}"):
+                tokens[file.name] = json.loads(text)["tokens"]
         time.sleep(0.01)
     output, _ = run.communicate()
     assert run.returncode == 0, output
     assert set(tokens) == {"engine0.json", "engine1.json"}
-    assert (tmp_path / "out/sums.parquet").read_bytes() == whole.read_bytes()
+    assert min(tokens.values()) > 0
+    found, expected = pq.read_table(tmp_path / "out/sums.parquet"), pq.read_table(whole)
+    assert sum(tokens.values()) == sum(found["tokens"].to_pylist())
+    assert [found[name] for name in ("id", "sample", "seed")] == [expected[name] for name in ("id", "sample", "seed")]
+    if hardware == "two":
+        assert (tmp_path / "out/sums.parquet").read_bytes() == whole.read_bytes()
 
 
 def test_what_does_not_fit_the_context_is_one_sentence(inputs: Path, tmp_path: Path) -> None:
@@ -184,12 +194,30 @@ def test_an_engine_for_each_group_of_gpus() -> None:
     devices = tuple("01234567")
     found = engines(hardware, devices, 99, ["sums"])
     assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in found] == ["0,1", "2,3", "4,5", "6,7"]
-    assert [command.argv[-1] for command in found] == ["0", "1", "2", "3"]
+    assert [command.argv[-4:] for command in found] == [["--engines", "4", "--number", str(n)] for n in range(4)]
     assert len(engines(hardware, devices, 3, ["sums"])) == 3, "no more engines than chunks"
     (alone,) = engines(hardware, (), 99, ["sums"])
     assert alone.environment == {}
-    with pytest.raises(ParamsError, match="tensor_parallel_size is 2 and 1 GPUs"):
+    with pytest.raises(ParamsError, match=r"1 engines .* on 2 GPUs each .* and 1 may be used"):
         engines(hardware, ("0",), 99, ["sums"])
+    four = hardware.model_copy(update={"generation": launch.Generation(engines=4)})
+    with pytest.raises(ParamsError, match="4 engines"):
+        engines(four, tuple("01"), 99, ["sums"])
+
+
+def test_the_hardware_file_leaves_to_the_task_what_is_its() -> None:
+    with pytest.raises(ValueError, match="seed is set by the stage generate"):
+        launch.Hardware(processes=1, accelerate="ddp", tokens_per_device={"sft": 1, "grpo": 1}, vllm={"seed": 1})
+
+
+@pytest.mark.parametrize(("count", "message"), [(5, "has 3 questions and the task asks 5"), (None, "at least 1")])
+def test_fewer_questions_than_asked_are_an_error(tmp_path: Path, count: int | None, message: str) -> None:
+    from workflow.generate import read_questions
+
+    table = pa.table({"id": ["a", "b", "c"], "prompt": ["", "", ""]}).slice(0, 3 if count else 0)
+    pq.write_table(table, tmp_path / "questions.parquet")
+    with pytest.raises(StageError, match=message):
+        read_questions(tmp_path / "questions.parquet", count)
 
 
 def test_chunks_cover_every_request_once_and_are_taken_once(tmp_path: Path) -> None:
@@ -209,6 +237,7 @@ def test_a_chunk_belongs_to_its_inputs(inputs: Path, tmp_path: Path) -> None:
     model = shutil.copytree(inputs / "model", tmp_path / "model")
     hardware = launch.Hardware(processes=1, accelerate="ddp", tokens_per_device={"sft": 1, "grpo": 1})
     others = hardware.model_copy(update={"generation": launch.Generation(chunk=3)})
+    environment = hardware.model_copy(update={"environment": {"VLLM_ATTENTION_BACKEND": "x"}})
     quick = hardware.model_copy(update={"vllm": {"enforce_eager": True}})
     questions = [{"id": "a", "prompt": [{"role": "user", "content": "?"}]}]
     known = {
@@ -217,9 +246,10 @@ def test_a_chunk_belongs_to_its_inputs(inputs: Path, tmp_path: Path) -> None:
         fingerprint(model, questions, {"seed": 2}, hardware, ["torch"]),
         fingerprint(model, questions, {"seed": 1}, others, ["torch"]),
         fingerprint(model, questions, {"seed": 1}, quick, ["torch"]),
+        fingerprint(model, questions, {"seed": 1}, environment, ["torch"]),
     }
     assert fingerprint(inputs / "model", questions, {"seed": 1}, hardware, ["torch"]) in known
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     known.add(fingerprint(model, questions, {"seed": 1}, hardware, ["torch"]))
-    assert len(known) == 6
+    assert len(known) == 7

@@ -32,7 +32,10 @@ def test_first_run_makes_every_artifact(trained: Checkout) -> None:
     assert set(source) == {"origin", "revision", "licence", "files"}
     assert len(source["revision"]) == 40
     metrics = json.loads((trained.folder / "metrics.json").read_text())
-    assert all(isinstance(value, int | float) for value in metrics.values())
+    assert {name: type(value) for name, value in metrics.items() if not isinstance(value, int | float)} == {
+        "arithmetic.interval": str,
+        "arithmetic.gain": str,
+    }
     assert 8 <= len(metrics) <= 12
     table = (trained.folder / "data/report/report.txt").read_text()
     assert trained.first_run.endswith(table)
@@ -41,6 +44,8 @@ def test_first_run_makes_every_artifact(trained: Checkout) -> None:
     assert "arithmetic" in report
     assert 'src="http' not in report
     assert 'href="http' not in report
+    assert 'href="samples.html"' in report
+    assert list((trained.folder / "data/report/samples").glob("[0-9]*.js"))
 
 
 def test_every_stage_ends_with_one_line(trained: Checkout) -> None:
@@ -113,6 +118,19 @@ def test_experiments_by_name_and_from_the_queue(trained: Checkout) -> None:
     assert "grpo.reasoning.trainer.beta" in table
     assert "sft.cold_start" not in table
     assert "data/" not in table
+    assert "arithmetic.interval" in table
+    said = trained.readme("python -m workflow.compare main b")
+    assert "grpo.reasoning.trainer.beta" in said
+    assert "of the 40 questions" in said or "the same on every sample" in said
+    both = trained.run("python -m workflow.compare main:cold_start main:reasoning b --html compare.html")
+    assert "Holm" in both
+    assert (trained.folder / "compare.html").read_text().count("<svg") >= 1
+    trained.run("rm compare.html")
+    trained.readme("dvc plots diff main b")
+    page = (trained.folder / "dvc_plots/index.html").read_text()
+    assert "errorbar" in page
+    assert all(f'"rev": "{revision}"' in page for revision in ("main", "b"))
+    assert "arithmetic.reasoning" in trained.run("dvc metrics diff --all main b")
     trained.readme("dvc exp apply b")
     assert "beta: 0.04" in (trained.folder / "params.yaml").read_text()
     trained.run("git reset -q --hard && dvc checkout -q")
