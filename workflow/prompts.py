@@ -25,7 +25,8 @@ def parse(text: str) -> Completion | None:
 
     Not even a newline may follow: the model has to stop after the answer.
     """
-    match = TAUGHT_FORMAT.fullmatch(text)
+    # The pattern takes the square of the length for a long text that only starts like the format.
+    match = TAUGHT_FORMAT.fullmatch(text) if text.endswith("\n</answer>") else None
     return Completion(match["thought"], match["answer"]) if match else None
 
 

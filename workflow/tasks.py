@@ -1,7 +1,8 @@
 """Our tasks as lighteval sees them: stored samples are replayed through its Pipeline, which aggregates the verdicts.
 
-Answers are judged before (workflow/score.py), all at once in killable processes; lighteval's metrics look the
-verdicts up. Nothing is downloaded, and nothing of lighteval's own tasks or normalisation can move a score.
+Answers are judged before (workflow/judge.py), all at once in killable processes. What lighteval is shown of a sample
+is its place in the list of verdicts, where its metrics look it up: completions of gigabytes need not be in memory.
+Nothing is downloaded, and nothing of lighteval's own tasks or normalisation can move a score.
 """
 
 from pathlib import Path
@@ -21,19 +22,16 @@ from lighteval.tasks.registry import Registry
 from lighteval.tasks.requests import Doc, SamplingMethod
 from lighteval.utils.cache_management import SampleCache
 
-# (gold, completion): 1.0 where the completion answers the question. lighteval's PassAtK hands its scoring function
-# a Doc without the question's id, so a verdict is found by what was compared.
-Verdicts = dict[tuple[str, str], float]
 
-
-def task_config(name: str, n_samples: int, verdicts: dict[str, Verdicts]) -> LightevalTaskConfig:
+def task_config(name: str, n_samples: int, verdicts: dict[str, list[float]]) -> LightevalTaskConfig:
     """A task with one question per row of the prepared data, n samples each.
 
     Args:
         name: the task's name in params.yaml.
         n_samples: samples per question.
         verdicts: by what they call correct, e.g. {"": lenient, "strict_": strict}; the key is put before the
-            metric's name. Metrics: `pass_at_1` (mean of the samples) and, for n > 1, `pass_at_<n>`.
+            metric's name. One number per sample, 1.0 where it is correct: the n samples of the first question, then
+            of the second, … Metrics: `pass_at_1` (mean of the samples) and, for n > 1, `pass_at_<n>`.
     """
     metrics = []
     for prefix, found in verdicts.items():
@@ -64,26 +62,25 @@ def task_config(name: str, n_samples: int, verdicts: dict[str, Verdicts]) -> Lig
     )
 
 
-def replay(config: LightevalTaskConfig, questions: pa.Table, completions: dict[str, list[str]]) -> dict[str, float]:
+def replay(config: LightevalTaskConfig, questions: pa.Table) -> dict[str, float]:
     """Run lighteval's Pipeline over stored samples.
 
     Args:
         config: from `task_config`.
-        questions: rows of the prepared schema (id, prompt, solution).
-        completions: the n completions of each question id.
+        questions: rows of the prepared schema (id, prompt, solution), in the order of the verdicts.
 
     Returns:
         lighteval's aggregated results: each metric, and `<metric>_stderr` where there are two or more questions.
     """
     with TemporaryDirectory() as scratch:  # lighteval makes its cache and output folders; we keep neither
-        pipeline = _Replay(config, questions, completions, Path(scratch))
+        pipeline = _Replay(config, questions, Path(scratch))
         pipeline.evaluate()
         return pipeline.get_results()["results"][config.full_name.replace("|", ":")]
 
 
-def _look_up(verdicts: Verdicts):
+def _look_up(verdicts: list[float]):
     def score(doc: Doc, model_response: ModelResponse) -> float:
-        return verdicts[doc.get_golds()[0], model_response.final_text[0]]
+        return verdicts[int(model_response.final_text[0])]
 
     return score
 
@@ -99,18 +96,22 @@ def _question(row: dict, task_name: str) -> Doc:
 
 
 class _StoredSamples(LightevalModel):
-    """A model that says what is in the samples file.
+    """A model whose n answers to a question are their places in the list of verdicts.
 
     lighteval's base class wants the other members too; a generative task never uses them, so they refuse.
     """
 
-    def __init__(self, completions: dict[str, list[str]], cache_dir: Path) -> None:
+    def __init__(self, ids: list[str], cache_dir: Path) -> None:
         self.config = ModelConfig(model_name="stored-samples", cache_dir=str(cache_dir))
         self._cache = SampleCache(self.config)  # Pipeline expects every model to have one
-        self.completions = completions
+        self.question = {key: number for number, key in enumerate(ids)}
 
     def greedy_until(self, docs: list[Doc]) -> list[ModelResponse]:
-        return [ModelResponse(text=self.completions[doc.specific["id"]]) for doc in docs]
+        starts = [self.question[doc.specific["id"]] * doc.num_samples for doc in docs]
+        return [
+            ModelResponse(text=[str(place) for place in range(start, start + doc.num_samples)])
+            for start, doc in zip(starts, docs, strict=True)
+        ]
 
     def loglikelihood(self, docs: list[Doc]) -> list[ModelResponse]:
         raise NotImplementedError("samples have no log-likelihoods")
@@ -140,19 +141,13 @@ class _OurTask(Registry):
 class _Replay(Pipeline):
     """lighteval's Pipeline with the task and its rows handed over instead of looked up and downloaded."""
 
-    def __init__(
-        self, config: LightevalTaskConfig, questions: pa.Table, completions: dict[str, list[str]], scratch: Path
-    ) -> None:
+    def __init__(self, config: LightevalTaskConfig, questions: pa.Table, scratch: Path) -> None:
         self.config = config
         self.questions = questions
-        parameters = PipelineParameters(
-            launcher_type=ParallelismManager.NONE,
-            # Taking the thought out is ours to do: lighteval also removes it from texts that never closed it
-            # properly, and the verdicts belong to the completions as they were sampled.
-            remove_reasoning_tags=False,
-        )
+        parameters = PipelineParameters(launcher_type=ParallelismManager.NONE)
         tracker = EvaluationTracker(output_dir=str(scratch), save_details=False)
-        super().__init__(config.name, parameters, tracker, model=_StoredSamples(completions, scratch))
+        model = _StoredSamples(questions["id"].to_pylist(), scratch)
+        super().__init__(config.name, parameters, tracker, model=model)
 
     def _init_tasks_and_requests(self, tasks: str) -> None:
         task = LightevalTask(self.config)
