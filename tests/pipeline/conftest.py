@@ -17,7 +17,7 @@ def checkout(tmp_path: Path) -> Path:
     ).stdout.split("\0")
     folder = tmp_path / "checkout"
     for name in filter(None, names):
-        if (ROOT / name).is_file():  # not one that was deleted
+        if (ROOT / name).is_file() and name != "dvc.lock":  # not one that was deleted, nor what a run left
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
