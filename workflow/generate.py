@@ -101,7 +101,8 @@ def main() -> None:
         "options": {name: value for name, value in sorted(hardware.vllm.items()) if name not in MEMORY},
         **{name.removesuffix("-cpu"): version(name) for name in libraries},
     }
-    folder = SCRATCH / fingerprint(args.model, questions, {"seed": params.seed, **settings}, hardware, libraries)
+    asked = [{"id": one["id"], "prompt": ids} for one, ids in zip(questions, prompts, strict=True)]
+    folder = SCRATCH / fingerprint(args.model, asked, {"seed": params.seed, **settings}, hardware, libraries)
     folder.mkdir(parents=True, exist_ok=True)
     for file in [*folder.glob("*.taken"), *folder.glob("*.part"), *folder.glob("engine*.json")]:
         file.unlink()  # of a run that was killed
@@ -112,7 +113,6 @@ def main() -> None:
     if kept:
         print(f"generate: {kept} samples are there from a run that did not end", flush=True)
     if missing:
-        asked = [{"id": one["id"], "prompt": ids} for one, ids in zip(questions, prompts, strict=True)]
         engine.prompt_file(folder).write_text(json.dumps(asked))
         devices = () if hardware.trainer.get("use_cpu") else gpus(os.environ)
         what = [args.task, "--model", str(args.model), "--folder", str(folder)]
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def engines(hardware: Hardware, devices: tuple[str, ...], most: int, arguments: list[str]) -> list[launch.Command]:
-    """The engines to start: one for every `tensor_parallel_size` GPUs, `replicas` on a CPU.
+    """The engines to start: one for every `vllm.tensor_parallel_size` GPUs, or `generation.engines`.
 
     Args:
         devices: as CUDA_VISIBLE_DEVICES names them; none on a CPU.
