@@ -25,8 +25,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_runs_through_in_miniature(recipe: str, checkout: Checkout) -> None:
     command = next(command for command in readme_commands() if "MINIATURE=1" in command)
-    TRIED.add(command)
-    output = checkout.run(command.replace("openr1_1_5b", recipe))
+    if f"RECIPE={recipe} " in command:
+        TRIED.add(command)
+    else:  # one recipe evaluates all its models, which is most of the time; the others what they train
+        checkout.run(f"python -m workflow.compose recipe={recipe} --miniature")
+        models = YAML(typ="safe").load(checkout.folder / "params.yaml")["generate"]["models"]
+        command = f"make repro RECIPE={recipe} MINIATURE=1 SET='generate.models=[{models[-1]}]'"
+    output = checkout.run(command)
     assert "Traceback" not in output
     params = YAML(typ="safe").load(checkout.folder / "params.yaml")
     assert params["recipe"] == recipe
