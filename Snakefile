@@ -1,11 +1,16 @@
-# The same DAG as `dvc repro`: one rule per entry of dvc.yaml. Snakemake decides when a stage runs, DVC whether
-# there is anything to do, and DVC keeps the result. `snakemake --cores all` runs everything.
-from pathlib import Path
-
-from workflow.pipeline import load_stages, made
+# The same DAG as `dvc repro`: one rule per entry of dvc.yaml. Snakemake decides when and where a stage runs, DVC whether
+# there is anything to do, and DVC keeps the result. Resources of the jobs are in workflow/profiles/.
+from workflow.pipeline import check_profile, load_stages
 
 STAGES = load_stages()
+ENTRIES = list(dict.fromkeys(stage.entry for stage in STAGES.values()))
 STAMP = ".scratch/stamps/{stage}"
+# Only these need a network, or say within a second what is wrong: they run where snakemake was started.
+LOCAL = ["check", "download"]
+# On one machine a stage has all of it; the jobs of a cluster have the profile's cpus_per_task.
+THREADS = workflow.resource_settings.cores or 1
+
+check_profile(workflow.resource_settings, ENTRIES)
 
 
 def upstream(wildcards):
@@ -26,7 +31,7 @@ rule all:
 
 
 # Named functions and constant text, no lambda or f-string: in a loop those would see only the last entry.
-for ENTRY in dict.fromkeys(stage.entry for stage in STAGES.values()):
+for ENTRY in ENTRIES:
 
     rule:
         name:
@@ -40,15 +45,43 @@ for ENTRY in dict.fromkeys(stage.entry for stage in STAGES.values()):
             STAMP,
         log:
             ".scratch/logs/{stage}.log",
+        benchmark:
+            ".scratch/benchmarks/{stage}.tsv"
         wildcard_constraints:
-            stage=ENTRY + "(@.+)?",
-        threads: workflow.cores
+            stage="{}(@.+)?".format(ENTRY),
+        localrule: ENTRY in LOCAL
+        threads: THREADS
+        resources:
+            hardware="auto",
         params:
             # Changed parameters re-run the rule; DVC then looks which of them matter.
             values=parameters,
         run:
             # The software is the locked environment that runs Snakemake itself, so no conda environment per rule.
             shell(
-                "dvc --wait-for-lock repro --single-item '{wildcards.stage}' 2>&1 | tee '{log}'"
+                "python -m workflow.job '{wildcards.stage}' --log '{log}' --stamp '{output}' --hardware '{resources.hardware}'"
             )
-            Path(output[0]).write_text(made(wildcards.stage))
+
+
+# Copies of what a person reads, for `snakemake results --report`.
+rule results:
+    input:
+        STAMP.format(stage="report"),
+    output:
+        report(
+            ".scratch/results/report.html",
+            category="Results",
+            caption="workflow/results.rst",
+        ),
+        report(
+            ".scratch/results/report.txt",
+            category="Results",
+            caption="workflow/results.rst",
+        ),
+    log:
+        ".scratch/logs/results.log",
+    localrule: True
+    run:
+        shell(
+            "cp data/report/report.html data/report/report.txt .scratch/results 2> '{log}'"
+        )

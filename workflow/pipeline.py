@@ -68,6 +68,22 @@ def made(name: str, root: Path = Path()) -> str:
     return "".join(f"{out['path']} {out['md5']}\n" for out in outs)
 
 
+def check_profile(settings: Any, entries: list[str]) -> None:
+    """Raise Snakemake's WorkflowError where a profile gives resources to a rule that does not exist.
+
+    Args:
+        settings: Snakemake's ResourceSettings, made from the profile and the command line.
+    """
+    from snakemake.exceptions import WorkflowError
+
+    for option, rules in (("resources", settings.overwrite_resources), ("threads", settings.overwrite_threads)):
+        for rule in rules:
+            if rule not in entries:
+                raise WorkflowError(
+                    f"set-{option} names the rule {rule!r}, which does not exist; write one of: {', '.join(entries)}"
+                )
+
+
 def _path(entry: str | dict[str, Any]) -> str:
     """The path of a dependency or output, which may carry options."""
     return entry if isinstance(entry, str) else next(iter(entry))

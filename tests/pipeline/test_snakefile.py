@@ -2,6 +2,7 @@
 
 import fcntl
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def test_one_rule_per_entry(checkout, environment):
     done = call(checkout, environment, "snakemake", "--list-rules")
     assert done.returncode == 0, done.stderr
     entries = dict.fromkeys(stage.entry for stage in load_stages(checkout).values())
-    assert sorted(done.stdout.split()) == sorted([*entries, "all"])
+    assert sorted(done.stdout.split()) == sorted([*entries, "all", "results"])
 
 
 def test_jobs_are_the_stages_in_order(checkout, environment):
@@ -83,6 +84,35 @@ def test_parsing_takes_no_lock(checkout, environment):
         assert not (checkout / ".dvc/tmp/rwlock").exists()
 
 
+PROFILES = sorted(file.parent.name for file in (ROOT / "workflow/profiles").glob("*/config.yaml"))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profile(checkout, environment, profile):
+    """Its options are Snakemake's, its rules are the Snakefile's; on a cluster training and sampling have GPUs."""
+    assert len(PROFILES) == 2
+    done = call(checkout, environment, "snakemake", "--profile", f"workflow/profiles/{profile}", "--dry-run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = done.stdout + done.stderr
+    assert "This was a dry-run" in jobs
+    if profile == "slurm":
+        for rule, has_gpu in {"prepare": False, "sft": True, "grpo": True, "generate": True, "score": False}.items():
+            job = re.search(rf"^rule {rule}:.*?^    resources: (.*?)$", jobs, re.DOTALL | re.MULTILINE)
+            assert job is not None and ("gpu=1" in job[1]) == has_gpu, rule
+            assert "runtime=" in job[1] and "--signal=TERM@" in job[1]
+
+
+def test_a_profile_for_a_rule_that_does_not_exist(checkout, environment):
+    profile = checkout / "workflow/profiles/slurm/config.yaml"
+    profile.write_text(profile.read_text().replace("  grpo: {gpu", "  gpro: {gpu"))
+    done = call(checkout, environment, "snakemake", "--profile", "workflow/profiles/slurm", "--dry-run")
+    assert done.returncode != 0
+    assert (
+        "set-resources names the rule 'gpro', which does not exist; write one of: check, download"
+        in done.stdout + done.stderr
+    )
+
+
 def test_lint(checkout, environment):
     done = call(checkout, environment, "snakemake", "--lint")
     assert done.returncode == 0, done.stderr
@@ -120,6 +150,39 @@ def test_a_job_runs_the_stage_with_dvc(checkout, environment):
     values["sources"]["arithmetic"]["options"]["rows"] += 1
     YAML().dump(values, params)
     assert [job["rule"] for job in dry_run(checkout, environment, STAMPS + name)] == ["check", "download"]
+
+
+def test_stamps_of_what_is_done(checkout, environment):
+    """Laid down without Snakemake's memory of a run, from the run cache too, and not where something changed."""
+    name = "download@arithmetic"
+
+    def laid() -> list[str]:
+        done = call(checkout, environment, "python", "-m", "workflow.stamps")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return sorted(file.name for file in (checkout / STAMPS).iterdir())
+
+    assert laid() == []
+    done = call(checkout, environment, "snakemake", "--cores", "1", STAMPS + name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.rmtree(checkout / ".snakemake")
+    shutil.rmtree(checkout / "data")
+    assert laid() == ["check", name]
+    assert (checkout / "data/raw/arithmetic/source.json").is_file()
+    assert dry_run(checkout, environment, STAMPS + name) == []
+    params = checkout / "params.yaml"
+    params.write_text(params.read_text().replace("rows: 512", "rows: 511"))
+    assert laid() == []
+    assert [job["rule"] for job in dry_run(checkout, environment, STAMPS + name)] == ["check", "download"]
+    params.write_text(params.read_text().replace("rows: 511", "rows: 512"))
+    assert laid() == ["check", name]
+
+
+def test_stamps_are_not_laid_under_a_running_snakemake(checkout, environment):
+    (checkout / ".snakemake/locks").mkdir(parents=True)
+    (checkout / ".snakemake/locks/0.input.lock").touch()
+    done = call(checkout, environment, "python", "-m", "workflow.stamps")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: Snakemake runs in this folder, or was killed here;")
 
 
 def test_a_job_that_fails_leaves_no_stamp(checkout, environment):

@@ -1,0 +1,148 @@
+"""One stage as a job: what it leaves behind, and what SIGTERM does to it. DVC is real, the stages are small scripts."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STAGES = """
+import signal, sys, time
+from pathlib import Path
+
+def stop(*_):
+    Path("checkpoint").write_text("half")
+    sys.exit(75)
+
+name = sys.argv[1]
+if name == "resumable":
+    signal.signal(signal.SIGTERM, stop)
+else:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+if name == "wrong":
+    sys.exit("error: this never works")
+print("begun", flush=True)
+if not Path("checkpoint").exists() and name != "quick":
+    time.sleep(60)
+Path(name).write_text("made")
+"""
+NAMES = ("quick", "wrong", "resumable", "helpless")
+
+
+@pytest.fixture
+def repo(tmp_path: Path, environment: dict[str, str]) -> Path:
+    subprocess.run("git init -q && dvc init -q", shell=True, cwd=tmp_path, env=environment, check=True)
+    (tmp_path / "run.py").write_text(STAGES)
+    stages = "".join(f"  {name}:\n    cmd: python run.py {name}\n    outs: [{name}]\n" for name in NAMES)
+    (tmp_path / "dvc.yaml").write_text(f"stages:\n{stages}")
+    return tmp_path
+
+
+def start(repo: Path, environment: dict[str, str], name: str) -> subprocess.Popen[str]:
+    command = ["python", "-m", "workflow.job", name, "--log", f".scratch/logs/{name}.log"]
+    command += ["--stamp", f".scratch/stamps/{name}"]
+    environment = {**environment, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=repo, env=environment, text=True, **pipes)
+
+
+def record(repo: Path, name: str) -> dict:
+    return json.loads((repo / f".scratch/jobs/{name}.json").read_text())
+
+
+def children(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children()]
+
+
+def wait_until_begun(repo: Path, name: str) -> None:
+    for _ in range(600):
+        log = repo / f".scratch/logs/{name}.log"
+        if log.is_file() and "begun" in log.read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{name} has not begun")
+
+
+def test_a_job_leaves_stamp_log_and_record(repo: Path, environment: dict[str, str]) -> None:
+    job = start(repo, environment, "quick")
+    said, _ = job.communicate()
+    assert job.returncode == 0, said
+    assert (repo / ".scratch/stamps/quick").read_text().startswith("quick ")
+    assert "begun" in said
+    assert (repo / ".scratch/logs/quick/1.log").read_text() == (repo / ".scratch/logs/quick.log").read_text()
+    noted = record(repo, "quick")
+    assert (noted["code"], noted["attempt"], noted["job"], noted["stage"]) == (0, 1, None, "quick")
+    assert noted["started"] < noted["ended"]
+
+
+def test_each_attempt_has_a_log(repo: Path, environment: dict[str, str]) -> None:
+    for attempt in (1, 2):
+        job = start(repo, environment, "wrong")
+        job.communicate()
+        assert job.returncode == 1
+        assert "error: this never works" in (repo / f".scratch/logs/wrong/{attempt}.log").read_text()
+        assert record(repo, "wrong")["attempt"] == attempt
+        assert record(repo, "wrong")["code"] == 1
+    assert not (repo / ".scratch/stamps/wrong").exists()
+
+
+def test_a_stage_with_a_checkpoint_ends_with_75_and_goes_on(repo: Path, environment: dict[str, str]) -> None:
+    job = start(repo, environment, "resumable")
+    wait_until_begun(repo, "resumable")
+    # As SLURM does it: to every process of the job, dvc and the stage as well as this one.
+    (dvc,) = children(job.pid)
+    for pid in (job.pid, dvc, *children(dvc)):
+        os.kill(pid, signal.SIGTERM)
+    job.communicate(timeout=30)
+    assert job.returncode == 75
+    assert record(repo, "resumable")["code"] == 75
+    assert (repo / "checkpoint").exists() and not (repo / "resumable").exists()
+    again = start(repo, environment, "resumable")
+    said, _ = again.communicate(timeout=30)
+    assert again.returncode == 0, said
+    assert record(repo, "resumable")["attempt"] == 2
+
+
+def test_a_stage_without_a_checkpoint_is_not_left_running(repo: Path, environment: dict[str, str]) -> None:
+    job = start(repo, environment, "helpless")
+    wait_until_begun(repo, "helpless")
+    (stage,) = children(children(job.pid)[0])
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=30)
+    assert job.returncode == 1
+    assert not psutil.pid_exists(stage)
+
+
+def test_no_stage_is_run_twice_at_once(repo: Path, environment: dict[str, str]) -> None:
+    first = start(repo, environment, "resumable")
+    wait_until_begun(repo, "resumable")
+    second = start(repo, environment, "resumable")
+    said, _ = second.communicate(timeout=30)
+    assert second.returncode == 1
+    assert said.startswith(f"error: resumable is being run by process {first.pid} on ")
+    assert record(repo, "resumable")["pid"] == first.pid
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=30)
+    assert first.returncode == 75
+
+
+def test_what_a_killed_job_had_locked_is_free(repo: Path, environment: dict[str, str]) -> None:
+    """Also where its process number is now that of another process, as may be on another node."""
+    first = start(repo, environment, "resumable")
+    wait_until_begun(repo, "resumable")
+    (dvc,) = children(first.pid)
+    for pid in (first.pid, dvc, *children(dvc)):
+        os.kill(pid, signal.SIGKILL)
+    first.communicate()
+    locks = repo / ".dvc/tmp/rwlock"
+    assert f'"pid": {dvc}' in locks.read_text()
+    locks.write_text(locks.read_text().replace(f'"pid": {dvc}', '"pid": 1'))
+    (repo / "checkpoint").write_text("half")
+    again = start(repo, environment, "resumable")
+    said, _ = again.communicate(timeout=30)
+    assert again.returncode == 0, said

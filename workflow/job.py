@@ -1,0 +1,186 @@
+"""Run one stage as a job of Snakemake: `dvc repro --single-item`, its log, its record, and what a stop means.
+
+SLURM sends SIGTERM to every process of a job when its time is nearly over (`--signal` in the profile) or when another
+job takes its place. dvc would die of it and leave its stage running, so it is started with SIGTERM ignored, and the
+signal is passed to the stage. A stage that has written a checkpoint ends with exit code 75; its SLURM job then goes
+back to the queue, and continues the stage.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from workflow import stage
+from workflow.pipeline import made
+
+SCRATCH = Path(".scratch")
+STOP = SCRATCH / "stop"  # written by `workflow.experiment stop`: what is stopped now is not to be continued
+STOPPED = os.EX_TEMPFAIL
+MOST_RESTARTS = 200  # a stage that is stopped more often than this is not getting anywhere
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", help="a stage of dvc.yaml, e.g. sft@cold_start")
+    parser.add_argument("--log", type=Path, required=True, help="takes what the stage prints, each attempt anew")
+    parser.add_argument("--stamp", type=Path, required=True, help="written when the stage is done: what it made")
+    parser.add_argument("--hardware", default="auto", help="a file of workflow/hardware/; auto: what fits the GPUs")
+    args = parser.parse_args()
+    refuse_twice(args.stage)
+    release_locks(args.stage)
+    if args.hardware != "auto":
+        os.environ["HARDWARE"] = args.hardware
+    log = next_log(args.log.with_suffix(""))
+    known = {
+        "stage": args.stage,
+        "attempt": int(log.stem),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "pid": os.getpid(),
+        "log": str(log),
+        "started": time.time(),
+    }
+    write_record({**known, "ended": None, "code": None})
+    code = follow(args.stage, [log, args.log])
+    write_record({**known, "ended": time.time(), "code": code})
+    if code == 0:
+        args.stamp.parent.mkdir(parents=True, exist_ok=True)
+        args.stamp.write_text(made(args.stage))
+    if code == STOPPED:
+        requeue()
+    sys.exit(code)
+
+
+def record_file(name: str) -> Path:
+    """Where the last attempt to run a stage is noted."""
+    return SCRATCH / "jobs" / f"{name}.json"
+
+
+def write_record(record: dict[str, Any]) -> None:
+    """Note an attempt; readers see the old record or the new one, never half of it."""
+    file = record_file(record["stage"])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{record['pid']}.part")
+    part.write_text(json.dumps(record, indent=2) + "\n")
+    part.replace(file)
+
+
+def next_log(folder: Path) -> Path:
+    """The log of a new attempt: 1.log, 2.log, …"""
+    folder.mkdir(parents=True, exist_ok=True)
+    attempts = [int(file.stem) for file in folder.glob("*.log")]
+    return folder / f"{max(attempts, default=0) + 1}.log"
+
+
+def refuse_twice(name: str) -> None:
+    """Raise StageError while another job runs the same stage in this checkout, on whichever node."""
+    if not record_file(name).is_file():
+        return
+    other = json.loads(record_file(name).read_text())
+    if other["ended"] is None and is_running(other):
+        job = f"SLURM job {other['job']}" if other["job"] else f"process {other['pid']}"
+        raise stage.StageError(f"{name} is being run by {job} on {other['node']}; wait for it, or end it first")
+
+
+def is_running(record: dict[str, Any]) -> bool:
+    """Whether the job or the process that wrote a record is still there; this very SLURM job, begun again, is not."""
+    if record["job"]:
+        return record["job"] != os.environ.get("SLURM_JOB_ID") and job_state(record["job"]) in {"RUNNING", "COMPLETING"}
+    import psutil
+
+    # Without SLURM a checkout is run on one machine only.
+    return record["node"] == socket.gethostname() and psutil.pid_exists(record["pid"])
+
+
+def job_state(job: str) -> str:
+    """What SLURM says of a job, e.g. RUNNING; nothing when it has forgotten the job."""
+    found = subprocess.run(["squeue", "--noheader", "--jobs", job, "--format", "%T"], capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def release_locks(name: str) -> None:
+    """Release DVC's locks of an earlier attempt that was killed.
+
+    DVC asks whether their process exists, by a number that on another node may be anybody's.
+    """
+    from dvc.fs import localfs
+    from dvc.rwlock import _edit_rwlock
+
+    folder = Path(".dvc/tmp").resolve()
+    if not (folder / "rwlock").is_file():
+        return
+
+    def ours(info: dict[str, Any]) -> bool:
+        return info["cmd"].endswith(f" --single-item {name}")
+
+    with _edit_rwlock(str(folder), localfs, False) as lock:
+        for path in [path for path, info in lock["write"].items() if ours(info)]:
+            del lock["write"][path]
+        for path, infos in list(lock["read"].items()):
+            lock["read"][path] = [info for info in infos if not ours(info)]
+            if not lock["read"][path]:
+                del lock["read"][path]
+
+
+def follow(name: str, logs: list[Path]) -> int:
+    """Run a stage with DVC, and copy what it prints to the terminal and to files.
+
+    Returns:
+        0, STOPPED (75) for a stage that can be continued, or 1.
+    """
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
+    # bash starts a single command in its own place, so the stage is dvc's only child.
+    environment = {**os.environ, "SHELL": "/bin/bash", "PYTHONUNBUFFERED": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+    )
+
+    def stop(*_: int | FrameType | None) -> None:
+        import psutil
+
+        for child in psutil.Process(process.pid).children():
+            child.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
+    assert process.stdout is not None
+    stopped = False
+    files = [log.open("wb") for log in logs]
+    for line in process.stdout:
+        for file in (*files, sys.stdout.buffer):
+            file.write(line)
+            file.flush()
+        stopped = stopped or re.search(rb"failed to run: .*, exited with %d$" % STOPPED, line) is not None
+    for file in files:
+        file.close()
+    code = process.wait()
+    return STOPPED if code and stopped else int(code != 0)
+
+
+def requeue() -> None:
+    """Put this SLURM job back into the queue, if it still runs; one that is being cancelled or preempted does not."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or STOP.exists() or job_state(job) != "RUNNING":
+        return
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) >= MOST_RESTARTS:
+        print(f"error: this stage was stopped {MOST_RESTARTS} times; give it more runtime in the profile")
+        return
+    print(f"SLURM job {job} goes back to the queue and continues from the checkpoint", flush=True)
+    subprocess.run(["scontrol", "requeue", job], check=True)
+
+
+if __name__ == "__main__":
+    stage.run(main)
