@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,24 +34,32 @@ class Checkout:
         self.run("python -m workflow.compose")
         self.commit("start")
 
+    @classmethod
+    def in_folder(cls, folder: Path) -> "Checkout":
+        """A checkout that is there already, a clone for example."""
+        checkout = object.__new__(cls)
+        checkout.folder = folder
+        return checkout
+
     def run(self, command: str, fails: bool = False) -> str:
         """The output of a command line in the checkout; it must succeed, or fail where `fails` says so."""
+        done = subprocess.run(["bash", "-c", command], text=True, stdout=subprocess.PIPE, **self._where())
+        assert (done.returncode != 0) == fails, f"{command}: exit code {done.returncode}\n{done.stdout[-6000:]}"
+        return done.stdout
+
+    def begin(self, command: str, output: Path) -> subprocess.Popen[bytes]:
+        """Start a command line in the background; its output is added to a file."""
+        with output.open("ab") as file:
+            return subprocess.Popen(["bash", "-c", f"exec {command}"], stdout=file, **self._where())
+
+    def _where(self) -> dict[str, Any]:
         bin_folder = Path(sys.executable).parent
         # Not as a part of the make that may run the tests.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
         environment |= {"PATH": f"{bin_folder}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
         environment |= {"COLUMNS": "250", "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.invalid"}
         environment |= {"GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.invalid"}
-        done = subprocess.run(
-            ["bash", "-c", command],
-            cwd=self.folder,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert (done.returncode != 0) == fails, f"{command}: exit code {done.returncode}\n{done.stdout[-6000:]}"
-        return done.stdout
+        return {"cwd": self.folder, "env": environment, "stderr": subprocess.STDOUT}
 
     def readme(self, start: str) -> str:
         """Run the README's command that starts with these words, word for word."""

@@ -14,7 +14,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +27,7 @@ from workflow.pipeline import made
 SCRATCH = Path(".scratch")
 STOP = SCRATCH / "stop"  # written by `workflow.experiment stop`: what is stopped now is not to be continued
 STOPPED = os.EX_TEMPFAIL
+LOOK = 5.0  # seconds
 MOST_RESTARTS = 200  # a stage that is stopped more often than this is not getting anywhere
 
 
@@ -35,8 +38,8 @@ def main() -> None:
     parser.add_argument("--stamp", type=Path, required=True, help="written when the stage is done: what it made")
     parser.add_argument("--hardware", default="auto", help="a file of workflow/hardware/; auto: what fits the GPUs")
     args = parser.parse_args()
-    refuse_twice(args.stage)
-    release_locks(args.stage)
+    earlier = read_record(args.stage)
+    refuse_twice(args.stage, earlier)
     if args.hardware != "auto":
         os.environ["HARDWARE"] = args.hardware
     log = next_log(args.log.with_suffix(""))
@@ -50,7 +53,12 @@ def main() -> None:
         "started": time.time(),
     }
     write_record({**known, "ended": None, "code": None})
-    code = follow(args.stage, [log, args.log])
+    if earlier is not None and earlier["ended"] is None and earlier["job"] is not None:
+        time.sleep(2 * LOOK)  # SLURM may have given up a node that is alive: see `follow`
+    release_locks(args.stage)
+    code = follow(args.stage, [log, args.log], known)
+    if not is_ours(known):
+        sys.exit(f"error: {args.stage} was taken over by another attempt, see {record_file(args.stage)}")
     write_record({**known, "ended": time.time(), "code": code})
     if code == 0:
         args.stamp.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +82,18 @@ def write_record(record: dict[str, Any]) -> None:
     part.replace(file)
 
 
+def read_record(name: str) -> dict[str, Any] | None:
+    """What was noted of the last attempt to run a stage; None before the first."""
+    file = record_file(name)
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def is_ours(known: dict[str, Any]) -> bool:
+    """Whether no other attempt has begun since."""
+    noted = read_record(known["stage"])
+    return noted is not None and (noted["node"], noted["pid"]) == (known["node"], known["pid"])
+
+
 def next_log(folder: Path) -> Path:
     """The log of a new attempt: 1.log, 2.log, …"""
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,12 +101,9 @@ def next_log(folder: Path) -> Path:
     return folder / f"{max(attempts, default=0) + 1}.log"
 
 
-def refuse_twice(name: str) -> None:
+def refuse_twice(name: str, other: dict[str, Any] | None) -> None:
     """Raise StageError while another job runs the same stage in this checkout, on whichever node."""
-    if not record_file(name).is_file():
-        return
-    other = json.loads(record_file(name).read_text())
-    if other["ended"] is None and is_running(other):
+    if other is not None and other["ended"] is None and is_running(other):
         job = f"SLURM job {other['job']}" if other["job"] else f"process {other['pid']}"
         raise stage.StageError(f"{name} is being run by {job} on {other['node']}; wait for it, or end it first")
 
@@ -131,8 +148,11 @@ def release_locks(name: str) -> None:
                 del lock["read"][path]
 
 
-def follow(name: str, logs: list[Path]) -> int:
+def follow(name: str, logs: list[Path], known: dict[str, Any]) -> int:
     """Run a stage with DVC, and copy what it prints to the terminal and to files.
+
+    SLURM runs a job again elsewhere when it has lost sight of its node, where it may still run. So each attempt looks
+    whether a later one has begun, and ends at once if so; the later one begins two looks later.
 
     Returns:
         0, STOPPED (75) for a stage that can be continued, or 1.
@@ -155,7 +175,18 @@ def follow(name: str, logs: list[Path]) -> int:
         for child in psutil.Process(process.pid).children():
             child.terminate()
 
+    def watch() -> None:
+        import psutil
+
+        while process.poll() is None:
+            if not is_ours(known):
+                with suppress(psutil.NoSuchProcess):
+                    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                        each.kill()
+            time.sleep(LOOK)
+
     signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=watch, daemon=True).start()
     assert process.stdout is not None
     stopped = False
     files = [log.open("wb") for log in logs]

@@ -159,8 +159,7 @@ def test_chat_prompt_and_missing_model(trained: Checkout) -> None:
 def test_a_second_clone_pulls_everything_and_trains_nothing(trained: Checkout, tmp_path: Path) -> None:
     trained.run(f"dvc remote add -f --local store {tmp_path}/store && dvc push -q -r store")
     trained.run(f"git clone -q . {tmp_path}/clone")
-    clone = object.__new__(Checkout)
-    clone.folder = tmp_path / "clone"
+    clone = Checkout.in_folder(tmp_path / "clone")
     clone.run(f"dvc remote add --local store {tmp_path}/store && dvc pull -q -r store")
     assert ran(clone.run("dvc repro")) == set()
     for file in ("metrics.json", "data/report/report.html", "data/models/reasoning/model.safetensors"):

@@ -16,6 +16,7 @@ import signal, sys, time
 from pathlib import Path
 
 def stop(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Path("checkpoint").write_text("half")
     sys.exit(75)
 
@@ -59,6 +60,11 @@ def children(pid: int) -> list[int]:
     return [child.pid for child in psutil.Process(pid).children()]
 
 
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, reaped or not."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
 def wait_until_begun(repo: Path, name: str) -> None:
     for _ in range(600):
         log = repo / f".scratch/logs/{name}.log"
@@ -98,8 +104,8 @@ def test_a_stage_with_a_checkpoint_ends_with_75_and_goes_on(repo: Path, environm
     (dvc,) = children(job.pid)
     for pid in (job.pid, dvc, *children(dvc)):
         os.kill(pid, signal.SIGTERM)
-    job.communicate(timeout=30)
-    assert job.returncode == 75
+    said, _ = job.communicate(timeout=30)
+    assert job.returncode == 75, said
     assert record(repo, "resumable")["code"] == 75
     assert (repo / "checkpoint").exists() and not (repo / "resumable").exists()
     again = start(repo, environment, "resumable")
@@ -115,7 +121,7 @@ def test_a_stage_without_a_checkpoint_is_not_left_running(repo: Path, environmen
     job.send_signal(signal.SIGTERM)
     job.communicate(timeout=30)
     assert job.returncode == 1
-    assert not psutil.pid_exists(stage)
+    assert is_gone(stage)
 
 
 def test_no_stage_is_run_twice_at_once(repo: Path, environment: dict[str, str]) -> None:
@@ -146,3 +152,18 @@ def test_what_a_killed_job_had_locked_is_free(repo: Path, environment: dict[str,
     again = start(repo, environment, "resumable")
     said, _ = again.communicate(timeout=30)
     assert again.returncode == 0, said
+
+
+def test_an_attempt_that_was_taken_over_ends(repo: Path, environment: dict[str, str]) -> None:
+    """SLURM begins a job again when it has lost sight of its node, where the first attempt may still run."""
+    first = start(repo, environment, "resumable")
+    wait_until_begun(repo, "resumable")
+    (stage,) = children(children(first.pid)[0])
+    later = {**record(repo, "resumable"), "node": "elsewhere", "attempt": 2}
+    (repo / ".scratch/jobs/resumable.json").write_text(json.dumps(later))
+    said, _ = first.communicate(timeout=30)
+    assert first.returncode == 1
+    assert said.splitlines()[-1].startswith("error: resumable was taken over by another attempt")
+    assert is_gone(stage)
+    assert record(repo, "resumable") == later
+    assert not (repo / "checkpoint").exists()
