@@ -150,7 +150,7 @@ class Verifier:
 
         Raises:
             ImportError: math-verify is not installed.
-            RuntimeError: the verifier is closed, or somebody killed a worker that was doing nothing.
+            RuntimeError: the verifier is closed, or somebody kills its workers again and again.
         """
         end = math.inf if within is None else time.monotonic() + within
         kind = (published, mended)
@@ -180,8 +180,14 @@ class Verifier:
         if part:
             waiting[self._schedule([new[key] for key in part], kind)] = part
         progress = None if label is None else Progress(label, len(new))
-        late = self._wait(waiting, end, progress)
-        judged |= self._collect(waiting, late)
+        try:
+            late = self._wait(waiting, end, progress)
+            judged |= self._collect(waiting, late)
+        except BrokenProcessPool:
+            # Somebody killed the workers, as a scheduler does that ends a job: it sends SIGTERM to all its processes,
+            # and the training has a step to end before it writes its checkpoint.
+            late = set()
+            self._restart()
         # Where one of several fails they are judged again, singly, and only that one fails.
         waiting = {self._schedule([new[key]], kind): [key] for key in new if key not in judged}
         late_again = self._wait(waiting, end, progress)

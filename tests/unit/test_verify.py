@@ -241,6 +241,18 @@ def test_a_worker_killed_while_idle_is_replaced():
         assert verifier.verify([("$3.5$", r"\boxed{3.5}")])[0].correct
 
 
+def test_workers_killed_just_before_their_work_are_replaced():
+    """By SIGTERM, and the fork server too, as SLURM sends it to all processes of a job."""
+    with Verifier(workers=2) as verifier:
+        verifier.verify([("$0.5$", r"\boxed{0.5}")])
+        for n in range(1, 6):
+            for process in psutil.Process().children(recursive=True):
+                if "resource_tracker" not in " ".join(process.cmdline()):
+                    process.terminate()
+            texts = [(f"${n}.{m}$", rf"\boxed{{{n}.{m}}}") for m in range(1, 9)]
+            assert all(verdict.correct for verdict in verifier.verify(texts))
+
+
 def test_worker_count(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
