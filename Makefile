@@ -11,10 +11,10 @@ COMPILE = uv pip compile pyproject.toml --quiet --no-header --no-annotate --pyth
 # Tools that a stage starts (accelerate, dvc) are found in the environment without activating it.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install repro test lint bench lock
+.PHONY: help install repro test test-slurm lint bench lock
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## Create .venv with every package at its locked version
 
@@ -40,8 +40,11 @@ endif
 	dvc repro
 	@printf '\n' && cat data/report/report.txt
 
-test: install ## Run every test (about half an hour on 2 cores)
+test: install ## Run every test (about an hour on 2 cores)
 	pytest
+
+test-slurm: install ## Run the tests on a SLURM of their own; as root, after apt-get install slurm-wlm munge
+	pytest tests/slurm
 
 lint: install ## ruff, snakefmt and snakemake --lint
 	ruff check

@@ -79,7 +79,12 @@ class Checkout:
         path.write_text(content.replace(old, new))
 
 
-def readme_commands() -> list[str]:
-    """The commands in the README's bash blocks, without their comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def commands(page: str) -> list[str]:
+    """The commands in the bash blocks of a page, without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def readme_commands() -> list[str]:
+    """The commands of the README."""
+    return commands((ROOT / "README.md").read_text())

@@ -75,6 +75,8 @@ def main() -> None:
     task = pick(params.tasks, args.task, "tasks")
     os.environ.update(hardware.environment)
     os.environ["STAGE_STARTED"] = str(time.time())
+    stage.stoppable(f"generate {args.model.name} {args.task}")
+    launch.drop_finished(args.model)
 
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import tempfile
 from pathlib import Path
 
 from workflow import stage
@@ -18,7 +17,10 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, required=True, help="prepared parquet with solutions")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--resume", type=Path, help="the checkpoint there to go on from")
     args = parser.parse_args()
+    stop = stage.stoppable(f"grpo {args.phase}")
     params = load_params()
     phase = pick(params.grpo, args.phase, "grpo")
     where, run = f"grpo.{args.phase}", f"grpo-{args.phase}-seed{params.seed}"
@@ -34,21 +36,33 @@ def main() -> None:
     from workflow.launch import load_hardware
     from workflow.rewards import reward_functions
     from workflow.rollouts import RolloutTrainer
-    from workflow.training import HealthGate, RunLog, finish, hold_out, load_tokenizer, lora_config, trainer_options
+    from workflow.training import (
+        Checkpoints,
+        HealthGate,
+        RunLog,
+        finish,
+        hold_out,
+        load_tokenizer,
+        lora_config,
+        trainer_options,
+    )
     from workflow.verify import Verifier, worker_count
 
-    with tempfile.TemporaryDirectory() as scratch, Verifier(workers=worker_count()) as verifier:
-        dataset = Dataset.from_parquet(str(args.dataset), cache_dir=os.environ.get("DATASET_CACHE", scratch))
+    hardware, completions = load_hardware(), args.log / "completions.md"
+    with Verifier(workers=worker_count()) as verifier:
+        dataset = Dataset.from_parquet(str(args.dataset), cache_dir=os.environ.get("DATASET_CACHE", str(args.scratch)))
         if any(solution is None for solution in dataset["solution"]):
             raise stage.StageError(f"{where}.dataset has no solutions; name one whose format has them")
         train, held_out = hold_out(dataset.select_columns(["prompt", "solution"]), phase, params.seed, where)
         tokenizer = load_tokenizer(args.model)
         gate = HealthGate(where, phase)
-        options = trainer_options(params, "grpo", args.phase, load_hardware(), scratch)
+        options = trainer_options(
+            params, "grpo", args.phase, hardware, str(args.scratch), resumed=args.resume is not None
+        )
         if options.get("use_vllm"):
             # vLLM reads the eos tokens from the model's folder, where a base model has no end of a turn.
-            stop = {"stop_token_ids": [tokenizer.eos_token_id]}
-            options["generation_kwargs"] = {**options.get("generation_kwargs", {}), **stop}
+            ends = {"stop_token_ids": [tokenizer.eos_token_id]}
+            options["generation_kwargs"] = {**options.get("generation_kwargs", {}), **ends}
         trainer = RolloutTrainer(
             model=str(args.model),
             reward_funcs=reward_functions(phase, verifier, models=args.output.parent),
@@ -61,18 +75,30 @@ def main() -> None:
                 RunLog(f"grpo {args.phase}", args.log, ["reward", "completions/mean_length"]),
                 gate,
             ],
-            completions=args.log / "completions.md",
+            completions=completions,
         )
         trainer.remove_callback(PrinterCallback)
+        checkpoints = Checkpoints(
+            f"grpo {args.phase}",
+            trainer,
+            stop,
+            hardware.checkpoint_minutes,
+            args.resume,
+            may_save=lambda: trainer.generates_next,
+            log=completions,
+        )
+        trainer.add_callback(checkpoints)
         if options.get("use_vllm"):
             set_seed(
                 params.seed, device_specific=True
             )  # vLLM has set the process' number, whatever the recipe's seed is
-        trainer.train()
-        facts = finish(trainer, phase, args.model, args.output, args.log) | {"warnings": list(gate.warned.values())}
+        trainer.train(resume_from_checkpoint=args.resume and str(args.resume))
+        facts = finish(trainer, phase, args.model, args.output, args.log, checkpoints.earlier)
+        facts["warnings"] = list(gate.warned.values())
     if trainer.accelerator.is_main_process:
         reward = f"reward {facts['reward']:.3f}" if "reward" in facts else "no reward was logged"
-        stage.record(args.log, "grpo", args.phase, LIBRARIES, f"{facts['steps']} steps, {reward}", **facts)
+        summary = f"{facts['steps']} steps, {reward}"
+        stage.record(args.log, "grpo", args.phase, LIBRARIES, summary, checkpoints.earlier, **facts)
 
 
 if __name__ == "__main__":

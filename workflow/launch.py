@@ -8,6 +8,7 @@ its cache key are the same on every machine.
 """
 
 import argparse
+import json
 import logging
 import math
 import os
@@ -35,6 +36,7 @@ from workflow import stage
 from workflow.params import Params, ParamsError, Section, load_params, one_sentence, pick
 
 HERE = Path(__file__).parent
+CHECKPOINTS = Path(".scratch/checkpoints")
 Kind = Literal["sft", "grpo"]
 READY_WITHIN = 600.0  # seconds a server may take to load its model
 TOLD_EVERY = 15.0  # seconds between two lines about a server that is not ready
@@ -85,6 +87,9 @@ class Hardware(Section):
     grpo_trainer: dict[str, Any] = Field({}, description="Options of GRPOTrainer: where rollouts are made.")
     server: Server | None = Field(None, description="Of the rollouts, where vllm_mode is server.")
     memory_gib: float | None = Field(None, gt=0, description="Memory of one GPU, for the estimate of the preflight.")
+    checkpoint_minutes: float = Field(
+        10, ge=0, description="Minutes of training between two checkpoints: what a power cut costs at most."
+    )
     environment: dict[str, str] = Field({}, description="Environment variables of training and generation.")
     vllm: dict[str, Any] = Field({}, description="Arguments of vllm.LLM in generate.")
     generation: Generation = Generation()
@@ -284,23 +289,22 @@ def hardware_options(params: Params, hardware: Hardware, kind: Kind, name: str) 
     return options
 
 
-def allocation(environment: Mapping[str, str]) -> Allocation:
-    """The machines of the SLURM job where it has more than one, else this machine.
+def allocation(environment: Mapping[str, str], nodes: int) -> Allocation:
+    """This machine, or where a training wants several nodes those of the SLURM job.
 
     Raises:
-        ParamsError: SLURM's scontrol, which knows the names of a job's nodes, cannot be run.
+        ParamsError: SLURM cannot be asked which nodes the job has.
     """
     hosts = ("localhost",)
-    if int(environment.get("SLURM_JOB_NUM_NODES", 1)) > 1:
+    if nodes > 1 and "SLURM_JOB_ID" in environment:
+        # The job's number is all that Snakemake's plugin leaves of SLURM's variables.
+        squeue = ["squeue", "--noheader", "--format=%N", f"--jobs={environment['SLURM_JOB_ID']}"]
         try:
-            found = subprocess.run(
-                ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
+            found = subprocess.run(squeue, capture_output=True, text=True, check=True)
+            names = ["scontrol", "show", "hostnames", found.stdout.strip()]
+            found = subprocess.run(names, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise ParamsError(f"the nodes of this SLURM job are unknown: {error}; is scontrol in PATH?") from None
+            raise ParamsError(f"the nodes of this SLURM job are unknown: {error}; is squeue in PATH?") from None
         hosts = tuple(found.stdout.split())
     return Allocation(hosts, gpus(environment))
 
@@ -418,7 +422,8 @@ def run(commands: list[Command]) -> int:
 
     Returns:
         0, or the exit code of the one that failed, or of a server that ended before the others (128 + n for signal
-        n). When it is not 0, the last line printed is one sentence: which process failed, how, and what it said last.
+        n), or 75 where they ended because they were asked to. When it is not 0, the last line printed is one sentence:
+        which process failed, how, and what it said last.
     """
     running: list[Running] = []
     stopping: list[int] = []
@@ -439,9 +444,13 @@ def run(commands: list[Command]) -> int:
             for each in running:
                 each.process.poll()  # so that it is no zombie, which the watcher would wait for
             time.sleep(0.05)
+    code = code if code >= 0 else 128 - code
+    if stopping and code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+        print(f"error: {ended.command.name} was stopped; the same command goes on from there", file=sys.stderr)
+        return stage.STOPPED
     if code:
         _tell(ended, how)
-    return code if code >= 0 else 128 - code
+    return code
 
 
 def _follow(
@@ -518,15 +527,18 @@ def _start(command: Command) -> Running:
 
 
 def _copy(running: Running) -> None:
-    """Pass the stderr of a process on to ours, unchanged, until it is closed."""
+    """Pass the stderr of a process on to ours, until it is closed; an error that several nodes report only once."""
     assert running.process.stderr is not None
     with running.process.stderr as lines:
         for line in lines:
+            said = line.decode(errors="replace").strip()
+            if said and said == running.error:
+                continue
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
-            running.last = line.decode(errors="replace").strip() or running.last
-            if running.last.startswith("error: ") and not running.error:
-                running.error = running.last
+            running.last = said or running.last
+            if said.startswith("error: ") and not running.error:
+                running.error = said
 
 
 def _answers(url: str) -> bool:
@@ -606,20 +618,22 @@ def accelerate(arguments: list[str]) -> None:
 
     Raises:
         SystemExit: with the exit code of the training process, 128 + n for signal n; what it said is printed once.
+        Stopped: the training processes were asked to end before they could say anything.
     """
+    import psutil
+
     stopping: list[int] = []
+    before = stage.Stopped("the training was stopped while it was starting; the same command starts it again")
 
     def stop(signum: int, _: FrameType | None) -> None:
         # Asks the training processes; torchrun would kill them 30 s later, and forget their exit codes.
-        import psutil
-
         stopping.append(signum)
         children = psutil.Process().children()
         for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.terminate()
-        if not children:
-            sys.exit(128 + signal.SIGTERM)
+        if not children and len(stopping) == 1:
+            raise before
 
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -640,9 +654,11 @@ def accelerate(arguments: list[str]) -> None:
             number, failed = first_to_fail(error.failures)
     # What stage.run left for us; a process that was killed left nothing.
     said = failed.error_file_data["message"].strip() if "timestamp" in failed.error_file_data else ""
+    if stopping and failed.exitcode == -signal.SIGTERM and not said:
+        raise before
     if said:
         print(said, file=sys.stderr)
-    if not said.startswith("error: ") and not (stopping and failed.exitcode == -signal.SIGTERM):
+    if not said.startswith("error: "):
         last = f": {said.splitlines()[-1]}" if said else ""
         print(f"error: training process {number} {_how(failed.exitcode)}{last}", file=sys.stderr)
     sys.exit(failed.exitcode if failed.exitcode >= 0 else 128 - failed.exitcode)
@@ -661,10 +677,21 @@ def first_to_fail(failures: dict[int, Any]) -> tuple[int, Any]:
     return min(failures.items(), key=lambda item: when(item[1]))
 
 
+def drop_finished(model: Path) -> None:
+    """Remove the checkpoints that were kept of trainings that wrote this model.
+
+    Called where it is read, so that DVC has it in its cache, or trained anew.
+    """
+    for run in CHECKPOINTS.glob("*.finished/run.json"):
+        if Path(json.loads(run.read_text())["output"]) == model:
+            shutil.rmtree(run.parent)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["accelerate"]:
         accelerate(sys.argv[2:])
         return
+    from workflow import checkpoints
     from workflow.trackers import tracker_names
 
     parser = argparse.ArgumentParser(
@@ -674,8 +701,11 @@ def main() -> None:
     parser.add_argument("phase", help="a name under sft or grpo in params.yaml")
     parser.add_argument("--model", required=True, help="folder of the model to start from")
     parser.add_argument("--dataset", required=True, help="prepared parquet to train on")
+    parser.add_argument("--output", required=True, help="folder of the trained model")
     parser.add_argument("--log", required=True, help="folder of the stage's log, and of the vLLM server's")
     args, others = parser.parse_known_args()
+    label = f"{args.stage} {args.phase}"
+    stage.stoppable(label)
     hardware, params = load_hardware(), load_params()
     pick(getattr(params, args.stage), args.phase, args.stage)
     check_batches(params, hardware)
@@ -683,18 +713,32 @@ def main() -> None:
     os.environ.update(hardware.environment)
     os.environ["STAGE_STARTED"] = str(time.time())
     what = [args.phase, "--model", args.model, "--dataset", args.dataset]
-    arguments = [*what, "--log", args.log, *others]
-    planned = commands(allocation(os.environ), hardware, params, args.stage, arguments, free_ports())
+    arguments = [*what, "--output", args.output, "--log", args.log, *others]
+    planned = commands(allocation(os.environ, hardware.nodes), hardware, params, args.stage, arguments, free_ports())
     # In a process of its own: what it loads is not needed later, and it decides nothing but whether to start.
     sound = subprocess.run([sys.executable, "-m", "workflow.preflight", *what])
     if sound.returncode:
         sys.exit(sound.returncode)
+    model, dataset = Path(args.model), Path(args.dataset)
+    folder = CHECKPOINTS / checkpoints.fingerprint(args.stage, args.phase, params, hardware, model, dataset)
+    checkpoint = checkpoints.take_up(folder)
+    drop_finished(model)
+    drop_finished(Path(args.output))  # of other inputs
+    (folder / checkpoints.RUN).write_text(json.dumps({"stage": label, "output": args.output}) + "\n")
+    planned[-1].argv.extend(["--scratch", str(folder)])
+    if checkpoint is not None:
+        planned[-1].argv.extend(["--resume", str(checkpoint)])
+        steps = json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"]
+        print(f"{label}: going on at step {checkpoints.step(checkpoint) + 1} of {steps}", flush=True)
     for command in planned:
         if command.health is not None:  # the trainers ask it directly, also where a proxy is set
             for name in ("no_proxy", "NO_PROXY"):
                 direct = [urlsplit(command.health).hostname, os.environ.get(name)]
                 os.environ[name] = ",".join(filter(None, direct))
-    sys.exit(run(planned))
+    code = run(planned)
+    if code == 0:
+        checkpoints.finish(folder)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ data/.
 
 import tomllib
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 
@@ -33,21 +34,28 @@ def load_stages(root: Path = Path()) -> dict[str, Stage]:
     from dvc.parsing import DataResolver
     from dvc.repo import Repo
 
-    from workflow.params import read_params
-
     definition = yaml.safe_load((root / "dvc.yaml").read_text())
-    resolved = DataResolver(Repo(str(root)), str(root), definition).resolve()["stages"]
+    resolver = DataResolver(Repo(str(root)), str(root), definition)
+    resolved = resolver.resolve()["stages"]
     values = {
-        "params.yaml": read_params(root / "params.yaml"),
+        "params.yaml": resolver.context.value,
         "pyproject.toml": tomllib.loads((root / "pyproject.toml").read_text()),
     }
     outs = {
         name: [*map(_path, stage["outs"]), *map(_path, stage.get("metrics", []))] for name, stage in resolved.items()
     }
+    made_at = {out: name for name in outs for out in outs[name]}
+    made_inside: dict[str, list[str]] = {}
+    for out, name in made_at.items():
+        for folder in _folders(out):
+            made_inside.setdefault(folder, []).append(name)
     stages = {}
     for name, stage in resolved.items():
         deps = [_path(dep) for dep in stage.get("deps", [])]
-        upstream = {dep: [other for other in outs if any(_overlap(dep, out) for out in outs[other])] for dep in deps}
+        upstream = {
+            dep: [*(made_at[path] for path in (dep, *_folders(dep)) if path in made_at), *made_inside.get(dep, [])]
+            for dep in deps
+        }
         stages[name] = Stage(
             name=name,
             entry=name.partition("@")[0],
@@ -62,10 +70,16 @@ def load_stages(root: Path = Path()) -> dict[str, Stage]:
 
 def made(name: str, root: Path = Path()) -> str:
     """What dvc.lock says that a stage made: a path and its hash per line."""
+    outs = _locked((root / "dvc.lock").read_text())["stages"][name]["outs"]
+    return "".join(f"{out['path']} {out['md5']}\n" for out in outs)
+
+
+@lru_cache(maxsize=1)
+def _locked(text: str) -> dict[str, Any]:
+    """The content of a dvc.lock, which is asked about every stage; libyaml reads it seven times as fast as Python."""
     import yaml
 
-    outs = yaml.safe_load((root / "dvc.lock").read_text())["stages"][name]["outs"]
-    return "".join(f"{out['path']} {out['md5']}\n" for out in outs)
+    return yaml.load(text, Loader=yaml.CSafeLoader)
 
 
 def check_profile(settings: Any, entries: list[str]) -> None:
@@ -86,12 +100,12 @@ def check_profile(settings: Any, entries: list[str]) -> None:
 
 def _path(entry: str | dict[str, Any]) -> str:
     """The path of a dependency or output, which may carry options."""
-    return entry if isinstance(entry, str) else next(iter(entry))
+    return str(PurePosixPath(entry if isinstance(entry, str) else next(iter(entry))))
 
 
-def _overlap(one: str, other: str) -> bool:
-    """Whether one path is the other or lies inside it."""
-    return (one + "/").startswith(other + "/") or (other + "/").startswith(one + "/")
+def _folders(path: str) -> list[str]:
+    """The folders that a path lies in, the next one first."""
+    return [str(folder) for folder in PurePosixPath(path).parents][:-1]
 
 
 def _params(entries: list[Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -21,13 +21,18 @@ class RolloutTrainer(GRPOTrainer):
     """GRPOTrainer that counts groups with equal rewards exactly, and writes some completions to a file.
 
     Args:
-        completions: the Markdown file to write; the other arguments are GRPOTrainer's.
+        completions: the Markdown file to write, or to go on with where the run goes on from a checkpoint; the other
+            arguments are GRPOTrainer's.
     """
 
     def __init__(self, *args: Any, completions: Path, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.completions = completions
-        self.next_written = 0
+
+    @property
+    def generates_next(self) -> bool:
+        """Whether the next step begins with new completions: those that are in use are in no checkpoint."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -39,12 +44,24 @@ class RolloutTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
-        step = self.state.global_step
-        if "reward" in logs and step >= self.next_written and self.accelerator.is_main_process:
+        if "reward" not in logs or not self.accelerator.is_main_process:
+            return
+        steps = spaced(
+            [row["step"] for row in self.state.log_history if "reward" in row], self.state.max_steps // TIMES
+        )
+        if steps[-1] == self.state.global_step:
             self.completions.parent.mkdir(parents=True, exist_ok=True)
-            with self.completions.open("a" if self.next_written else "w", encoding="utf-8") as file:
-                file.write(completions_text(step, self._logs, self.num_generations))
-            self.next_written = step + max(1, self.state.max_steps // TIMES)
+            with self.completions.open("a" if len(steps) > 1 else "w", encoding="utf-8") as file:
+                file.write(completions_text(steps[-1], self._logs, self.num_generations))
+
+
+def spaced(steps: Sequence[int], least: int) -> list[int]:
+    """The first of some ascending steps, and every one that is at least so far from the one taken before it."""
+    taken = list(steps[:1])
+    for step in steps:
+        if step >= taken[-1] + max(1, least):
+            taken.append(step)
+    return taken
 
 
 def weighted_sum(rewards: Sequence[float], weights: Sequence[float]) -> float:

@@ -13,13 +13,56 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from what is kept
 
 
 class StageError(ValueError):
     """The stage cannot go on; the message is one sentence that says what to do."""
+
+
+class Stopped(SystemExit):
+    """The stage was asked to end, and did; the message is one sentence that says where."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(STOPPED)
+        self.message = message
+
+
+@dataclass
+class Stop:
+    """Whether the stage was asked to end, and whether it does so by itself, after it has saved what it has."""
+
+    asked: bool = False
+    noted_only: bool = False
+
+
+_stop = Stop()  # of this process
+
+
+def stoppable(what: str) -> Stop:
+    """From now on SIGTERM and SIGINT end this process with exit code 75, or are noted where `noted_only` is set.
+
+    Only the first one does: schedulers send them several times.
+
+    Args:
+        what: the stage and item, e.g. `sft cold_start`.
+    """
+
+    def ask(signum: int, _: FrameType | None) -> None:
+        _stop.asked = True
+        if not _stop.noted_only:
+            _stop.noted_only = True
+            raise Stopped(f"{what} was stopped while it was starting; the same command starts it again")
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, ask)
+    return _stop
 
 
 def quiet() -> None:
@@ -44,7 +87,7 @@ def quiet() -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage; a ValueError raised on purpose becomes one sentence on stderr and exit code 1.
+    """Run a stage; a ValueError raised on purpose becomes one sentence on stderr and exit code 1, Stopped one and 75.
 
     One of several training processes leaves what it has to say to workflow.launch, which prints what the first one
     to fail says, and does not outlive the process that started it.
@@ -56,25 +99,47 @@ def run(main: Callable[[], None]) -> None:
     if report:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # srun sends it to us too; launch sends SIGTERM instead
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # workflow.job shields dvc from it, and with dvc its stages
     try:
         main()
+    except Stopped as stopped:
+        _say(f"error: {stopped.message}", report)
+        raise
     except Exception as error:
         ours = isinstance(error, (ParamsError, StageError))
-        if report:
-            message = f"error: {error}" if ours else traceback.format_exc()
-            Path(report).write_text(json.dumps({"message": message, "timestamp": time.time()}))
-            sys.exit(1)
-        if ours:
-            sys.exit(f"error: {error}")
-        raise
+        if _stop.asked:
+            # The signal that asked us to end has ended what a step needs too, a vLLM server for example.
+            said = str(error) if ours else traceback.format_exc().strip().splitlines()[-1]
+            _say(f"error: stopped before a checkpoint; the same command goes on from the one before ({said})", report)
+            sys.exit(STOPPED)
+        if not ours and not report:
+            raise
+        _say(f"error: {error}" if ours else traceback.format_exc(), report)
+        sys.exit(1)
+    finally:
+        # How it ends is decided, and Python takes our handlers away while it shuts down.
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)
 
 
-def record(log: Path, stage: str, item: str, libraries: list[str], summary: str, **facts: Any) -> None:
+def _say(message: str, report: str | None) -> None:
+    """Print why the stage ends, or leave it in torchrun's file."""
+    if report:
+        Path(report).write_text(json.dumps({"message": message, "timestamp": time.time()}))
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+def record(
+    log: Path, stage: str, item: str, libraries: list[str], summary: str, earlier: float = 0, **facts: Any
+) -> None:
     """Write `<log>/stage.json` and print the stage's last line.
 
     Args:
         libraries: distributions whose versions are noted.
         summary: what came out, in a few words.
+        earlier: seconds of work of earlier runs that this one went on from.
         facts: more numbers, e.g. rows or tokens; they overwrite what is measured here: seconds since the stage
             started and this process' peak memory in MiB.
     """
@@ -82,7 +147,7 @@ def record(log: Path, stage: str, item: str, libraries: list[str], summary: str,
         "stage": stage,
         "item": item,
         "summary": summary,
-        "seconds": round(time.time() - _started(), 1),
+        "seconds": round(earlier + time.time() - _started(), 1),
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {name: version(name) for name in libraries},

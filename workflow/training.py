@@ -1,4 +1,4 @@
-"""What SFT and GRPO share: trainer options, evaluation, the log of a run, and the export of a finished model.
+"""What SFT and GRPO share: trainer options, evaluation, checkpoints, the log of a run, the export of a finished model.
 
 Imported inside the stages' main(): it needs transformers, and `--help` should not.
 """
@@ -6,6 +6,9 @@ Imported inside the stages' main(): it needs transformers, and `--help` should n
 import csv
 import math
 import resource
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +30,7 @@ from transformers import (
 )
 from transformers.integrations import unset_hf_deepspeed_config
 
-from workflow import stage
+from workflow import checkpoints, stage
 from workflow.chat_template import end_of_turn
 from workflow.health import conditions, most_reward, not_finite
 from workflow.launch import Hardware, hardware_name, hardware_options, most_per_device, processes
@@ -38,14 +41,29 @@ from workflow.trackers import PROJECT
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "step_time")
 # The last value of each goes to stage.json.
 FINAL = ("reward", "mean_token_accuracy", "eval_loss", "eval_mean_token_accuracy", "eval_reward")
+# A checkpoint has all that a run needs to go on, and the one before it is kept.
+RESUMABLE = {"save_total_limit": 2, "save_only_model": False, "ignore_data_skip": False, "enable_jit_checkpoint": False}
+
+# Where several processes train on a CPU, transformers loads a checkpoint to `cpu:0`, a name that torch does not know.
+torch.serialization.register_package(
+    15, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
 
 
 def trainer_options(
-    params: Params, kind: Literal["sft", "grpo"], name: str, hardware: Hardware, scratch: str
+    params: Params, kind: Literal["sft", "grpo"], name: str, hardware: Hardware, scratch: str, resumed: bool = False
 ) -> dict[str, Any]:
-    """Arguments of SFTConfig or GRPOConfig for a phase: the recipe's options, then what the machine decides."""
+    """Arguments of SFTConfig or GRPOConfig for a phase: the recipe's options, then what the machine decides.
+
+    Args:
+        scratch: the folder for checkpoints.
+        resumed: the run goes on from one.
+    """
     phase = getattr(params, kind)[name]
-    options = {**phase.trainer, **hardware_options(params, hardware, kind, name)}
+    options = {**phase.trainer, **RESUMABLE, **hardware_options(params, hardware, kind, name)}
+    options.setdefault("log_level_replica", "error")  # as TRANSFORMERS_VERBOSITY is for the first process
+    if resumed:
+        options["eval_on_start"] = False  # it was done
     # SFT: the loss is a mean over batches of a mean over tokens, so larger ones would give another number.
     held_out_batch = 1
     if kind == "grpo":
@@ -128,6 +146,8 @@ class RunLog(TrainerCallback):
             self.live = Live(str(self.folder), dvcyaml=None, save_dvc_exp=False, report=None)
             self.progress = stage.Progress(self.label, state.max_steps)
             self.note = ""
+            for row in state.log_history:  # of a run that goes on from a checkpoint
+                self.write(row["step"], {name: value for name, value in row.items() if name != "step"})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -141,9 +161,12 @@ class RunLog(TrainerCallback):
         logs: dict[str, float | None],
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero:
-            return
-        self.live.step = state.global_step
+        if state.is_world_process_zero:
+            self.write(state.global_step, logs)
+
+    def write(self, step: int, logs: dict[str, float | None]) -> None:
+        """Write the numbers of one logged step, and note those that are shown."""
+        self.live.step = step
         # None: a reward that could judge no completion.
         known = {name: value for name, value in logs.items() if value is not None}
         for name, value in known.items():
@@ -176,6 +199,14 @@ class HealthGate(TrainerCallback):
         self.most = most_reward(phase) if isinstance(phase, GRPOPhase) else None
         self.warned: dict[str, str] = {}
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.health is not None and self.health.action == "warn":
+            for count in range(len(state.log_history)):  # what a run said before it went on from a checkpoint
+                for name, message in conditions(self.health, state.log_history[: count + 1], self.most).items():
+                    self.warned.setdefault(name, message)
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # DeepSpeed skips a step whose gradient overflows, in bfloat16 too.
         wrong = not_finite(state.log_history[-1], scaled=args.fp16 or args.deepspeed_plugin is not None)
@@ -189,6 +220,99 @@ class HealthGate(TrainerCallback):
             if name not in self.warned and state.is_world_process_zero:
                 print(f"{'note' if name == 'solved' else 'warning'}: {self.where}: {message}", flush=True)
             self.warned.setdefault(name, message)
+
+
+class Checkpoints(TrainerCallback):
+    """Save the run every few minutes, and where it was asked to end, before it does.
+
+    A run that goes on from a checkpoint computes, on a CPU, what it would have computed: a checkpoint also holds what
+    transformers and TRL have not logged yet, and is only made where no completions are in use.
+
+    Args:
+        trainer: TRL's SFTTrainer or GRPOTrainer, to which this is added.
+        stop: whether the run was asked to end; on several processes one that was asked is enough.
+        minutes: between two checkpoints.
+        resume: the checkpoint that the run goes on from.
+        may_save: whether a run can go on from the end of the step that has just been made.
+        log: a file that grows while the run goes on, to be saved and restored with it.
+
+    Raises:
+        Stopped: once the checkpoint is there, in every process.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        trainer: Trainer,
+        stop: stage.Stop,
+        minutes: float,
+        resume: Path | None,
+        may_save: Callable[[], bool] = lambda: True,
+        log: Path | None = None,
+    ) -> None:
+        self.label, self.trainer, self.stop, self.minutes = label, trainer, stop, minutes
+        self.resume, self.may_save, self.log = resume, may_save, log
+        self.earlier = checkpoints.seconds_trained(resume) if resume else 0.0
+        self.stopping = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.resume is not None:
+            known = torch.load(self._unlogged(self.resume), map_location=args.device, weights_only=True)
+            self.trainer._tr_loss = known["loss"]
+            self.trainer._total_loss_scalar = known["total_loss"]
+            self.trainer._globalstep_last_logged = known["last_logged"]
+            self.trainer._metrics["train"].update(known["metrics"])
+            self.trainer._total_train_tokens = known["tokens"]
+            if self.log is not None and state.is_world_process_zero and (self.resume / self.log.name).is_file():
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.resume / self.log.name, self.log)
+        self.begun = self.saved = time.monotonic()
+        self.stop.noted_only = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        due = state.is_world_process_zero and time.monotonic() - self.saved >= 60 * self.minutes
+        here = torch.tensor([[self.stop.asked, due]], dtype=torch.int32, device=args.device)
+        stopping, due = self.trainer.accelerator.gather(here).any(dim=0).tolist()
+        self.stopping = self.stopping or stopping
+        # After the last step comes the export, which takes no longer than a checkpoint.
+        if (self.stopping or due) and self._can_go_on_from_here(state):
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        sealed = self._can_go_on_from_here(state)
+        if sealed:
+            known = {
+                "loss": self.trainer._tr_loss,
+                "total_loss": self.trainer._total_loss_scalar,
+                "last_logged": self.trainer._globalstep_last_logged,
+                "metrics": dict(self.trainer._metrics["train"]),
+                "tokens": self.trainer._total_train_tokens,
+            }
+            torch.save(known, self._unlogged(checkpoint))
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            (checkpoint / "training_args.bin").unlink()  # a pickle, with the hub's token where there is one
+            if sealed and self.log is not None and self.log.is_file():
+                shutil.copyfile(self.log, checkpoint / self.log.name)
+            if sealed:
+                checkpoints.seal(checkpoint, self.earlier + time.monotonic() - self.begun)
+        self.trainer.accelerator.wait_for_everyone()
+        self.saved = time.monotonic()
+        if self.stopping and sealed:
+            raise stage.Stopped(
+                f"{self.label} was stopped at step {state.global_step} of {state.max_steps}; "
+                "the same command goes on from there"
+            )
+
+    def _can_go_on_from_here(self, state: TrainerState) -> bool:
+        return state.global_step < state.max_steps and self.may_save()
+
+    def _unlogged(self, checkpoint: Path) -> Path:
+        """What one process has not logged yet; losses are of its own part of a batch."""
+        return checkpoint / f"unlogged_{self.trainer.args.process_index}.pt"
 
 
 def write_history(log_history: list[dict[str, float]], file: Path) -> None:
@@ -208,21 +332,37 @@ def write_history(log_history: list[dict[str, float]], file: Path) -> None:
         writer.writerows(rows.values())
 
 
-def finish(trainer: Trainer, phase: Phase, start: Path, output: Path, log: Path) -> dict[str, Any]:
+def finish(trainer: Trainer, phase: Phase, start: Path, output: Path, log: Path, earlier: float = 0) -> dict[str, Any]:
     """Export model, tokenizer and history of a finished run; return the facts for stage.json.
 
     Every process must call it: sharded parameters are gathered, and the peak memory is the sum over processes.
 
     Args:
         start: the folder of the model that the run started from.
+        earlier: seconds that were trained before the checkpoint that the run went on from.
+
+    Raises:
+        StageError: the run has ended before its last step; nothing is exported.
     """
-    export(trainer, phase, start, output)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise stage.StageError(
+            f"the training ended at step {trainer.state.global_step} of {trainer.state.max_steps}, so its model is "
+            f"not exported; give {phase.dataset} more rows, or write a lower trainer.max_steps"
+        )
+    whole = Path(trainer.args.output_dir) / "model"
+    export(trainer, phase, start, whole)
+    if trainer.accelerator.is_main_process:
+        if output.exists():
+            shutil.rmtree(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(whole, output)
     used = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024], device=trainer.args.device)
     peak = trainer.accelerator.gather(used).sum().item()
     if trainer.accelerator.is_main_process:
         log.mkdir(parents=True, exist_ok=True)
         write_history(trainer.state.log_history, log / "history.csv")
     last = next(row for row in reversed(trainer.state.log_history) if "train_runtime" in row)
+    seconds = earlier + last["train_runtime"]
     tokens = max(row.get("num_tokens", 0) for row in trainer.state.log_history)
     facts = {
         "hardware": hardware_name(),
@@ -233,9 +373,9 @@ def finish(trainer: Trainer, phase: Phase, start: Path, output: Path, log: Path)
         "device": str(trainer.args.device.type),
         "steps": trainer.state.global_step,
         "loss": last["train_loss"],
-        "train_seconds": round(last["train_runtime"], 1),
+        "train_seconds": round(seconds, 1),
         "tokens": int(tokens),
-        "tokens_per_second": round(tokens / last["train_runtime"]),
+        "tokens_per_second": round(tokens / seconds),
     }
     for row in trainer.state.log_history:
         facts |= {name: row[name] for name in FINAL if row.get(name) is not None}
@@ -260,6 +400,7 @@ def export(trainer: Trainer, phase: Phase, start: Path, output: Path) -> None:
         unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model too
         base = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
         model = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+        shutil.rmtree(adapter)  # it has training_args.bin
         weights = model.state_dict()
     else:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)

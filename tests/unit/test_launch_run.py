@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -232,8 +233,22 @@ def test_a_signal_while_the_server_starts(start):
     wait_for(Path("server.pid").is_file)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 143 and not Path("work.pid").exists() and not is_there("server.pid")
-    assert "error: the server was stopped by SIGTERM" in errors
+    assert process.returncode == 75 and not Path("work.pid").exists() and not is_there("server.pid")
+    assert errors == "error: the server was stopped; the same command goes on from there\n"
+
+
+def test_work_that_only_ends_when_it_is_asked_to(start):
+    process = start(WAITS)
+    wait_for(Path("work.pid").is_file)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert errors == "error: the training was stopped; the same command goes on from there\n"
+
+
+def test_what_several_nodes_say_is_said_once(start):
+    work = "import sys; sys.exit('error: first\\nerror: first\\nsrun: n1 ended\\nerror: first')"
+    assert start(work).communicate() == ("", "error: first\nsrun: n1 ended\nerror: first\n")
 
 
 def test_nothing_is_left_when_the_launcher_is_killed(start):
@@ -268,8 +283,9 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str
     def begin(body: str, grace: float = 10, stop: int = signal.SIGTERM) -> Process:
         (tmp_path / "trainer.py").write_text(TRAINER.replace("BODY", body.replace("\n", "\n    ")))
         argv = [sys.executable, "-m", "workflow.launch", "accelerate", *accelerate_options(cpu_hardware(), "sft")]
-        script = f"import sys; from workflow import launch; launch.GRACE = {grace}; "
-        script += f"sys.exit(launch.run([launch.Command('the training', {[*argv, 'trainer.py']!r}, stop={int(stop)})]))"
+        command = f"launch.Command('the training', {[*argv, 'trainer.py']!r}, stop={int(stop)})"
+        script = f"import sys; from workflow import launch, stage; launch.GRACE = {grace}; "
+        script += f"stage.run(lambda: sys.exit(launch.run([{command}])))"
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen([sys.executable, "-c", script], env=environment | {"TMPDIR": str(tmp_path)}, **pipes)
 
@@ -330,12 +346,37 @@ time.sleep(60)
     assert (process.returncode, output) == (75, "saved\nsaved\n")
 
 
+def test_training_processes_that_are_asked_several_times(train):
+    """SLURM signals every process of a step, and may do so again; accelerate is still there when they have ended."""
+    body = """
+def save(signum, _):
+    signal.signal(signum, signal.SIG_IGN)
+    time.sleep(1)
+    raise stage.Stopped("it was stopped at step 3 of 9; the same command goes on from there")
+
+signal.signal(signal.SIGTERM, save)
+Path(f"trainer{rank}.ready").touch()
+time.sleep(60)
+"""
+    process = train(body)
+    wait_for(lambda: Path("trainer0.ready").exists() and Path("trainer1.ready").exists(), 60)
+    while process.poll() is None:
+        for each in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                each.terminate()
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert process.communicate()[1] == "error: it was stopped at step 3 of 9; the same command goes on from there\n"
+    assert process.returncode == 75
+
+
 def test_training_processes_that_only_end(train):
     process = train("Path(f'trainer{rank}.ready').touch()\ntime.sleep(60)", stop=signal.SIGUSR1)
     wait_for(lambda: Path("trainer0.ready").exists() and Path("trainer1.ready").exists(), 60)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20) == ("", "error: the training was ended by SIGTERM\n")
-    assert process.returncode == 143
+    said = "error: the training was stopped while it was starting; the same command starts it again\n"
+    assert process.communicate(timeout=20) == ("", said)
+    assert process.returncode == 75
 
 
 def test_no_training_process_is_left_when_the_launcher_is_killed(train):

@@ -2,6 +2,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +47,11 @@ def test_what_the_stage_measured_wins(tmp_path, capsys):
     assert capsys.readouterr().out == "sft cold_start: 9 rows (61 s, 12345 MiB)\n"
 
 
+def test_time_of_earlier_runs_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("STAGE_STARTED", str(time.time() - 90))
+    assert 190 <= record(tmp_path, earlier=100)["seconds"] < 250
+
+
 def test_time_counts_from_the_start_of_the_process(tmp_path, environment):
     code = (
         "import time; time.sleep(1); from pathlib import Path; from workflow import stage; "
@@ -86,6 +92,49 @@ def test_anything_else_keeps_its_traceback(error, environment):
 
 def test_exit_codes_pass(environment):
     assert run("raise SystemExit(75)", environment).returncode == 75
+
+
+def test_a_stage_that_was_stopped_says_where(environment):
+    done = run("raise stage.Stopped('sft a was stopped at step 3 of 9')", environment)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "working\n", "error: sft a was stopped at step 3 of 9\n")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stage_that_can_be_stopped_ends_at_the_first_signal(signum, environment):
+    """The others come while it ends."""
+    raised = f"""import os, time
+    stop = stage.stoppable("sft a")
+    try:
+        os.kill(os.getpid(), {int(signum)})
+        time.sleep(60)
+    finally:
+        assert stop.asked
+        os.kill(os.getpid(), {int(signum)})
+        time.sleep(0.1)
+    """
+    done = run(raised, environment)
+    said = "error: sft a was stopped while it was starting; the same command starts it again\n"
+    assert (done.returncode, done.stderr) == (75, said)
+
+
+def test_a_stage_that_saves_first_is_only_told(environment):
+    raised = """import os
+    stop = stage.stoppable("sft a")
+    stop.noted_only = True
+    os.kill(os.getpid(), 15)
+    print(stop.asked)"""
+    done = run(raised, environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "working\nTrue\n", "")
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_sigterm_ends_a_stage_that_was_started_with_it_ignored(ignored, environment):
+    """As workflow.job starts dvc, and with it every stage."""
+    code = "import os, time\nfrom workflow import stage\n"
+    code += "def main():\n    os.kill(os.getpid(), 15)\n    time.sleep(60)\nstage.run(main)"
+    shield = "trap '' TERM; " if ignored else ""
+    done = subprocess.run(["bash", "-c", f'{shield}"$0" -c "$1"; exit $?', sys.executable, code], env=environment)
+    assert done.returncode == 143
 
 
 def test_libraries_are_quiet_and_offline(environment):

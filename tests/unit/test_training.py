@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +21,14 @@ from safetensors.torch import load_file, save_file
 
 from workflow import grpo, sft
 from workflow.builtin import question, terms, thought
+from workflow.checkpoints import newest, seconds_trained, step
 from workflow.launch import HERE
 from workflow.params import GRPOPhase, SFTPhase
 from workflow.prompts import build
 from workflow.rollouts import completions_text, weighted_sum
-from workflow.stage import StageError
+from workflow.stage import StageError, Stopped
 from workflow.trackers import trackers
-from workflow.training import TIMINGS, eval_batch, hold_out, write_history
+from workflow.training import TIMINGS, RunLog, eval_batch, hold_out, write_history
 
 Run = Callable[..., Path]
 Own = Callable[[str, str], None]
@@ -50,6 +52,15 @@ def gradients() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """A stage takes SIGTERM and SIGINT for itself."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 5}
 
 
@@ -66,7 +77,10 @@ def run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Run:
-    """Runs the main() of sft or grpo on 40 rows, with changes to its phase, and returns the folder it wrote into."""
+    """Runs the main() of sft or grpo on 40 rows, with changes to its phase, and returns the folder it wrote into.
+
+    `minutes` lie between two checkpoints; `resume` is the one to go on from.
+    """
     rng = random.Random(1)
     rows = []
     for number in range(40):
@@ -81,13 +95,15 @@ def run(
             }
         )
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    (tmp_path / "one.yaml").write_text(yaml.safe_dump({**CPU, "processes": 1}))
     monkeypatch.setenv("HARDWARE", str(tmp_path / "one.yaml"))
     monkeypatch.setenv("CI", "1")  # TRL sends nothing then
     monkeypatch.chdir(tmp_path)
     counted = iter(range(100))
 
-    def training(kind: str, changes: dict[str, Any], model: Path = tiny_model) -> Path:
+    def training(
+        kind: str, changes: dict[str, Any], model: Path = tiny_model, minutes: float = 99, resume: Path | None = None
+    ) -> Path:
+        (tmp_path / "one.yaml").write_text(yaml.safe_dump({**CPU, "processes": 1, "checkpoint_minutes": minutes}))
         name = {"sft": "cold_start", "grpo": "reasoning"}[kind]
         phase = sound[kind][name]
         phase |= {"global_batch_size": 8, "export_dtype": "float32"}
@@ -101,6 +117,8 @@ def run(
             "dataset": tmp_path / "rows.parquet",
             "output": folder / name,
             "log": folder / "log",
+            "scratch": folder / "scratch",
+            **({"resume": resume} if resume else {}),
         }
         monkeypatch.setattr(
             sys, "argv", [kind, name, *(str(part) for key, value in arguments.items() for part in (f"--{key}", value))]
@@ -276,6 +294,93 @@ def test_a_reward_without_a_verdict_is_left_out_of_the_sum() -> None:
     assert weighted_sum([1.0, 1.0], [1.0, 0.2]) == 1.2
     assert weighted_sum([math.nan, 1.0], [1.0, 0.2]) == 0.2
     assert math.isnan(weighted_sum([math.nan, math.nan], [1.0, 0.2]))
+
+
+# Checkpoints
+
+LORA = {"lora": {"r": 4, "lora_alpha": 8}}
+WARNS = {"health": {"zero_reward_steps": 2}}
+
+
+def same(folder: Path, other: Path, name: str) -> None:
+    """Both runs have left the same bytes, and say the same of themselves but for what it cost."""
+    logs = ["log/history.csv"] + ["log/completions.md"] * (name == "reasoning")
+    for file in (f"{name}/model.safetensors", *logs):
+        assert (folder / file).read_bytes() == (other / file).read_bytes(), file
+    costs = {"seconds", "train_seconds", "tokens_per_second", "peak_memory_mib", "summary", "machine"}
+    assert {k: v for k, v in facts(folder).items() if k not in costs} == {
+        k: v for k, v in facts(other).items() if k not in costs
+    }
+    for metric in (folder / "log/plots/metrics").rglob("*.tsv"):
+        rows = [
+            [row[metric.stem] for row in csv.DictReader((run / metric.relative_to(folder)).open(), delimiter="\t")]
+            for run in (folder, other)
+        ]
+        timed = any(word in metric.stem for word in TIMINGS)
+        assert len(rows[0]) == len(rows[1]) if timed else rows[0] == rows[1], metric
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "trainer"),
+    [
+        ("sft", {"held_out": 6}, {"logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 11}),
+        ("sft", LORA, {"logging_steps": 2, "eval_strategy": "no", "max_steps": 7}),
+        ("sft", {}, {"save_strategy": "steps", "save_steps": 2, "save_only_model": True, "max_steps": 6}),
+        ("grpo", {"held_out": 2, **WARNS}, {"logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2}),
+        ("grpo", WARNS, {"num_iterations": 3, "beta": 0.1, "max_steps": 7}),
+        ("grpo", {**LORA, **WARNS}, {"num_iterations": 2, "logging_steps": 3}),
+    ],
+)
+def test_a_run_goes_on_from_a_checkpoint(
+    run: Run, kind: str, changes: dict[str, Any], trainer: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {**changes, "trainer": {"max_steps": 8, "eval_on_start": "held_out" in changes, **trainer}}
+    whole = run(kind, changes)
+    assert not list((whole / "scratch").glob("checkpoint-*")) or trainer.get("save_strategy")
+    often = run(kind, changes, minutes=0)
+    name = {"sft": "cold_start", "grpo": "reasoning"}[kind]
+    same(often, whole, name)
+    last = newest(often / "scratch")
+    steps, cycle = changes["trainer"]["max_steps"], trainer.get("num_iterations", 1)
+    assert last is not None and step(last) == (steps - 1) // cycle * cycle
+    first, second = sorted((often / "scratch").glob("checkpoint-*"), key=step)[:2]
+    assert 0 < step(first) < step(second)
+    assert not list((often / "scratch").rglob("training_args.bin"))
+    capsys.readouterr()
+    again = run(kind, changes, resume=first)
+    same(again, whole, name)
+    assert facts(again)["train_seconds"] > seconds_trained(first)
+    said = [row["step"] for row in json.loads((first / "trainer_state.json").read_text())["log_history"]]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+    assert not any(f" step {number}: " in line for line in warnings for number in said)  # not for a second time
+
+
+def test_a_run_that_is_asked_to_end_saves_where_it_can_go_on(run: Run, tmp_path: Path, own: Own) -> None:
+    own("asks", "[float(__import__('os').kill(__import__('os').getpid(), 15) or 0)] * len(completions)")
+    changes = {"rewards": {"asks.reward": 1.0}, "rewards_read": "asks.py"}
+    with pytest.raises(Stopped) as stopped:
+        run("grpo", {**changes, "trainer": {"num_iterations": 2, "max_steps": 5}})
+    assert stopped.value.code == 75
+    assert stopped.value.message == "grpo reasoning was stopped at step 2 of 5; the same command goes on from there"
+    assert not (tmp_path / "run-0/reasoning").exists() and not (tmp_path / "run-0/log/history.csv").exists()
+    found = newest(tmp_path / "run-0/scratch")
+    assert found is not None and step(found) == 2
+
+
+def test_a_run_that_is_asked_to_end_in_its_last_step_ends_as_it_would_have(run: Run, own: Own) -> None:
+    own("asks", "[float(__import__('os').kill(__import__('os').getpid(), 15) or 0)] * len(completions)")
+    folder = run("grpo", {"rewards": {"asks.reward": 1.0}, "rewards_read": "asks.py", "trainer": {"max_steps": 1}})
+    assert (folder / "reasoning/model.safetensors").is_file()
+
+
+def test_a_run_that_ends_early_exports_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends(self: RunLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 2
+
+    monkeypatch.setattr(RunLog, "on_step_end", ends)
+    with pytest.raises(StageError, match=r"^the training ended at step 2 of 4, so its model is not exported; give"):
+        run("sft", {})
+    assert not (tmp_path / "run-0/cold_start").exists()
 
 
 # Gates
