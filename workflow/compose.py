@@ -17,25 +17,38 @@ PARAMS = Path("params.yaml")
 
 
 def main() -> None:
-    from dvc.utils.hydra import compose_and_dump
-    from hydra.errors import HydraException
-    from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
-
-    warnings.simplefilter("ignore")  # DVC passes Hydra an argument that will go away
     overrides = [argument for argument in sys.argv[1:] if argument != "--miniature"]
-    try:
-        compose_and_dump(str(PARAMS), str(RECIPES.resolve()), None, "config", "", overrides)
-    except InterpolationToMissingValueError:
-        sys.exit('error: this recipe reads local files: write SET="data_dir=/folder" (or data_dir=/folder) too')
-    except (HydraException, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).splitlines()[:2]).strip()
-        sys.exit(f"error: {reason} (recipes: {names('recipe')}; tasks: {names('task')})")
+    compose(overrides, PARAMS)
     if "--miniature" in sys.argv:
         from dvc.utils.serialize import dump_yaml
 
         from workflow.params import read_params
 
         dump_yaml(PARAMS, shrink(read_params(PARAMS)))
+
+
+def compose(overrides: list[str], file: Path) -> None:
+    """Write a params.yaml composed from recipes/, with overrides in Hydra's language.
+
+    Raises:
+        StageError: an override or a choice is wrong; says what there is to choose from.
+    """
+    from dvc.utils.hydra import compose_and_dump
+    from hydra.errors import HydraException
+    from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+    warnings.simplefilter("ignore")  # DVC passes Hydra an argument that will go away
+    try:
+        compose_and_dump(str(file), str(RECIPES.resolve()), None, "config", "", overrides)
+    except InterpolationToMissingValueError:
+        raise stage.StageError("this recipe reads local files; write data_dir=/folder too") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise stage.StageError(f"{first_lines(error)} (recipes: {names('recipe')}; tasks: {names('task')})") from None
+
+
+def first_lines(error: Exception) -> str:
+    """What Hydra says, without the part that draws it."""
+    return " ".join(str(error).splitlines()[:2]).strip()
 
 
 def names(group: str) -> str:

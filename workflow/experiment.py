@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from workflow.compose import compose, first_lines
 from workflow.job import SCRATCH, STOP, STOPPED
 from workflow.params import ParamsError, load_params
 from workflow.pipeline import load_stages
@@ -260,30 +261,6 @@ def write_params(overrides: list[str], file: Path) -> None:
         load_params(file)
     except ParamsError as error:
         raise StageError(str(error).replace(str(file), "params.yaml")) from None
-
-
-def compose(overrides: list[str], file: Path) -> None:
-    """Compose a params.yaml from recipes/."""
-    import warnings
-
-    from dvc.utils.hydra import compose_and_dump
-    from hydra.errors import HydraException
-    from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
-
-    from workflow.compose import RECIPES, names
-
-    warnings.simplefilter("ignore")  # DVC passes Hydra an argument that will go away
-    try:
-        compose_and_dump(str(file), str(RECIPES.resolve()), None, "config", "", overrides)
-    except InterpolationToMissingValueError:
-        raise StageError("this recipe reads local files; write -S data_dir=/folder too") from None
-    except (HydraException, OmegaConfBaseException) as error:
-        raise StageError(f"{first_lines(error)} (recipes: {names('recipe')}; tasks: {names('task')})") from None
-
-
-def first_lines(error: Exception) -> str:
-    """What Hydra says, without the part that draws it."""
-    return " ".join(str(error).splitlines()[:2]).strip()
 
 
 def clone(experiment: Experiment, folder: Path, params: Path) -> None:

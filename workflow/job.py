@@ -2,8 +2,8 @@
 
 SLURM sends SIGTERM to every process of a job when its time is nearly over (`--signal` in the profile) or when another
 job takes its place. dvc would die of it and leave its stage running, so it is started with SIGTERM ignored, and the
-signal is passed to the stage. A stage that has written a checkpoint ends with exit code 75; its SLURM job then goes
-back to the queue, and continues the stage.
+signal is passed to the stage. A stage that has written a checkpoint ends with exit code 75. Its SLURM job then goes
+back to the queue and continues the stage, or begins it again where it has no checkpoints.
 """
 
 import argparse
@@ -28,7 +28,8 @@ SCRATCH = Path(".scratch")
 STOP = SCRATCH / "stop"  # written by `workflow.experiment stop`: what is stopped now is not to be continued
 STOPPED = os.EX_TEMPFAIL
 LOOK = 5.0  # seconds
-MOST_RESTARTS = 200  # a stage that is stopped more often than this is not getting anywhere
+# A stage that is stopped more often than this is not getting anywhere: with a checkpoint each time, and without.
+MOST_STOPS, MOST_BEGINNINGS = 200, 5
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
     if earlier is not None and earlier["ended"] is None and earlier["job"] is not None:
         time.sleep(2 * LOOK)  # SLURM may have given up a node that is alive: see `follow`
     release_locks(args.stage)
-    code = follow(args.stage, [log, args.log], known)
+    code, resumable = follow(args.stage, [log, args.log], known)
     if not is_ours(known):
         sys.exit(f"error: {args.stage} was taken over by another attempt, see {record_file(args.stage)}")
     write_record({**known, "ended": time.time(), "code": code})
@@ -64,7 +65,7 @@ def main() -> None:
         args.stamp.parent.mkdir(parents=True, exist_ok=True)
         args.stamp.write_text(made(args.stage))
     if code == STOPPED:
-        requeue()
+        requeue(MOST_STOPS if resumable else MOST_BEGINNINGS)
     sys.exit(code)
 
 
@@ -148,14 +149,14 @@ def release_locks(name: str) -> None:
                 del lock["read"][path]
 
 
-def follow(name: str, logs: list[Path], known: dict[str, Any]) -> int:
+def follow(name: str, logs: list[Path], known: dict[str, Any]) -> tuple[int, bool]:
     """Run a stage with DVC, and copy what it prints to the terminal and to files.
 
     SLURM runs a job again elsewhere when it has lost sight of its node, where it may still run. So each attempt looks
     whether a later one has begun, and ends at once if so; the later one begins two looks later.
 
     Returns:
-        0, STOPPED (75) for a stage that can be continued, or 1.
+        0, STOPPED (75) for a stage that was stopped, or 1; and whether the stage said that it can go on.
     """
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
     # bash starts a single command in its own place, so the stage is dvc's only child.
@@ -169,9 +170,12 @@ def follow(name: str, logs: list[Path], known: dict[str, Any]) -> int:
         preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
     )
 
+    asked = threading.Event()
+
     def stop(*_: int | FrameType | None) -> None:
         import psutil
 
+        asked.set()
         for child in psutil.Process(process.pid).children():
             child.terminate()
 
@@ -188,28 +192,37 @@ def follow(name: str, logs: list[Path], known: dict[str, Any]) -> int:
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=watch, daemon=True).start()
     assert process.stdout is not None
-    stopped = False
+    resumable = False
     files = [log.open("wb") for log in logs]
     for line in process.stdout:
         for file in (*files, sys.stdout.buffer):
             file.write(line)
             file.flush()
-        stopped = stopped or re.search(rb"failed to run: .*, exited with %d$" % STOPPED, line) is not None
+        resumable = resumable or re.search(rb"failed to run: .*, exited with %d$" % STOPPED, line) is not None
     for file in files:
         file.close()
     code = process.wait()
-    return STOPPED if code and stopped else int(code != 0)
+    stopped = code and (resumable or asked.is_set())
+    return STOPPED if stopped else int(code != 0), resumable
 
 
-def requeue() -> None:
-    """Put this SLURM job back into the queue, if it still runs; one that is being cancelled or preempted does not."""
+def requeue(most: int) -> None:
+    """Put this SLURM job back into the queue, if it still runs; one that is being cancelled or preempted does not.
+
+    Args:
+        most: times that it may have been there already.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or STOP.exists() or job_state(job) != "RUNNING":
         return
-    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) >= MOST_RESTARTS:
-        print(f"error: this stage was stopped {MOST_RESTARTS} times; give it more runtime in the profile")
+    asked = ["squeue", "--noheader", "--jobs", job, "--Format", "BatchFlag,RestartCnt"]
+    batch, restarts = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+    if batch != "1":
+        return  # the shell of salloc, which SLURM cannot start again
+    if int(restarts) >= most:
+        print(f"error: this stage was stopped {most + 1} times; give it more runtime in the profile")
         return
-    print(f"SLURM job {job} goes back to the queue and continues from the checkpoint", flush=True)
+    print(f"SLURM job {job} goes back to the queue and continues this stage", flush=True)
     subprocess.run(["scontrol", "requeue", job], check=True)
 
 

@@ -105,6 +105,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except Stopped as stopped:
         _say(f"error: {stopped.message}", report)
+        if report:
+            sys.stdout.flush()
+            os._exit(STOPPED)  # at once, whatever threads NCCL and vLLM have: the time to save may be over
         raise
     except Exception as error:
         ours = isinstance(error, (ParamsError, StageError))

@@ -233,7 +233,7 @@ class Checkpoints(TrainerCallback):
         stop: whether the run was asked to end; on several processes one that was asked is enough.
         minutes: between two checkpoints.
         resume: the checkpoint that the run goes on from.
-        may_save: whether a run can go on from the end of the step that has just been made.
+        may_save: whether a run can go on from the end of the step that has just been made; None: from no step.
         log: a file that grows while the run goes on, to be saved and restored with it.
 
     Raises:
@@ -247,7 +247,7 @@ class Checkpoints(TrainerCallback):
         stop: stage.Stop,
         minutes: float,
         resume: Path | None,
-        may_save: Callable[[], bool] = lambda: True,
+        may_save: Callable[[], bool] | None = lambda: True,
         log: Path | None = None,
     ) -> None:
         self.label, self.trainer, self.stop, self.minutes = label, trainer, stop, minutes
@@ -276,6 +276,8 @@ class Checkpoints(TrainerCallback):
         here = torch.tensor([[self.stop.asked, due]], dtype=torch.int32, device=args.device)
         stopping, due = self.trainer.accelerator.gather(here).any(dim=0).tolist()
         self.stopping = self.stopping or stopping
+        if self.stopping and self.may_save is None:
+            raise stage.Stopped(f"{self.label} was stopped at step {state.global_step}; it cannot go on from there")
         # After the last step comes the export, which takes no longer than a checkpoint.
         if (self.stopping or due) and self._can_go_on_from_here(state):
             control.should_save = True
@@ -308,7 +310,7 @@ class Checkpoints(TrainerCallback):
             )
 
     def _can_go_on_from_here(self, state: TrainerState) -> bool:
-        return state.global_step < state.max_steps and self.may_save()
+        return self.may_save is not None and state.global_step < state.max_steps and self.may_save()
 
     def _unlogged(self, checkpoint: Path) -> Path:
         """What one process has not logged yet; losses are of its own part of a batch."""

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -172,6 +171,22 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> N
         time.sleep(0.005)
 
 
+def processes(run: subprocess.Popen[str]) -> dict[psutil.Process, list[str]]:
+    """All processes of a run, with the words of their command lines."""
+    found = {}
+    for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            found[process] = process.cmdline()
+    return found
+
+
+def ask(run: subprocess.Popen[str]) -> None:
+    """Tell a run to end, as SLURM does it: every process of it, whatever it is doing."""
+    for process in processes(run):
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+
+
 def succeeds(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate()
     assert process.returncode == 0, output
@@ -219,11 +234,11 @@ def test_whatever_happens_the_result_is_the_same(
     assert "going on" not in undisturbed
     assert list((whole / ".scratch/checkpoints").iterdir()) == []
 
-    # Stopped in the middle, and told so twice.
+    # Stopped in the middle, and told so several times.
     run = start(kind, folder)
     wait_for(run, lambda: logged(folder) > steps // 4)
-    run.send_signal(signal.SIGTERM)
-    run.send_signal(signal.SIGTERM)
+    for _ in range(2):
+        ask(run)
     said = rf"error: {kind} {NAMES[kind]} was stopped at step (\d+) of {steps}; the same command goes on from there"
     at = int(stopped(run, said)[1])
     assert steps // 4 < at < steps // 2 and at % cycle == 0
@@ -236,12 +251,12 @@ def test_whatever_happens_the_result_is_the_same(
     # It goes on, and is killed with all its processes.
     run = start(kind, folder, "often")
     wait_for(run, lambda: bool(sealed(folder)) and step(sealed(folder)[-1]) >= at + 5 * cycle)
-    processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-    for process in processes:
+    killed = list(processes(run))
+    for process in killed:
         process.kill()
     output, _ = run.communicate()
     assert f"{kind} {NAMES[kind]}: going on at step {at + 1} of {steps}\n" in output
-    psutil.wait_procs(processes)
+    psutil.wait_procs(killed)
     assert not (folder / "models").exists()
 
     # Its newest checkpoint is damaged.
@@ -281,20 +296,10 @@ def test_whatever_happens_the_result_is_the_same(
 def test_a_run_that_is_stopped_while_it_starts(
     word: str, seconds: float, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    """As SLURM does it: every process is told to end, whatever it is doing."""
     run = start("sft", tmp_path)
 
-    def words() -> dict[psutil.Process, list[str]]:
-        found = {}
-        for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                found[process] = process.cmdline()
-        return found
-
-    wait_for(run, lambda: any(word in line for line in words().values()))
+    wait_for(run, lambda: any(word in words for words in processes(run).values()))
     time.sleep(seconds)
-    for process in words():
-        with suppress(psutil.NoSuchProcess):
-            process.terminate()
+    ask(run)
     stopped(run, r"error: .* was stopped.*; the same command (starts it again|goes on from there)")
     assert not (tmp_path / "models").exists()

@@ -17,7 +17,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.checkout import Checkout
-from workflow.experiment import hours, last_line, print_table, progress
+from workflow import experiment
+from workflow.experiment import combinations, hours, last_line, print_table, progress
 
 RUN = "python -m workflow.experiment"
 
@@ -233,8 +234,6 @@ def jobs_of(main: Checkout, stage: str, *names: str) -> list[Path]:
 
 def test_combinations_keep_deletions(main):
     """DVC writes ~key as ~key=null where there is a sweep, which Hydra refuses."""
-    from workflow.experiment import combinations
-
     assert combinations("n", ["~grpo.reasoning", "seed=1,2", "+task=[a,b]"]) == {
         "n-1": ["~grpo.reasoning", "+task=[a,b]", "seed=1"],
         "n-2": ["~grpo.reasoning", "+task=[a,b]", "seed=2"],
@@ -377,6 +376,19 @@ def test_a_killed_driver(main):
     wait_for(lambda: "killed is saved" in log.read_text())
     assert (clone / ".scratch/starts").read_text() == "train\n"
     assert shown(main)["killed"]["seed"] == "8"
+
+
+def test_what_does_not_stop_is_ended(tmp_path, monkeypatch, capsys):
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    job = subprocess.Popen(
+        [sys.executable, "-c", deaf, "workflow.job", "train"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    assert job.stdout is not None and job.stdout.readline() == "1\n"
+    monkeypatch.setattr(experiment, "CHECKPOINT_WITHIN", 2.0)
+    experiment.halt(experiment.Experiment("x", tmp_path.resolve(), "0" * 40, "local", [], 0.0))
+    assert job.wait() == -signal.SIGKILL
+    said = capsys.readouterr().out
+    assert said == f"stopping train (process {job.pid})\nending what did not stop within 2 seconds\n"
 
 
 def test_interrupting_the_follower_leaves_the_driver(main):

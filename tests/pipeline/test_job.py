@@ -120,7 +120,7 @@ def test_a_stage_without_a_checkpoint_is_not_left_running(repo: Path, environmen
     (stage,) = children(children(job.pid)[0])
     job.send_signal(signal.SIGTERM)
     job.communicate(timeout=30)
-    assert job.returncode == 1
+    assert job.returncode == 75
     assert is_gone(stage)
 
 
@@ -167,3 +167,25 @@ def test_an_attempt_that_was_taken_over_ends(repo: Path, environment: dict[str, 
     assert is_gone(stage)
     assert record(repo, "resumable") == later
     assert not (repo / "checkpoint").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, as root")
+def test_a_full_cache_says_so_and_the_next_attempt_succeeds(repo: Path, environment: dict[str, str]) -> None:
+    cache = repo / "cache"
+    cache.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(cache)], check=True)
+    try:
+        subprocess.run(["dvc", "cache", "dir", "--local", "cache"], cwd=repo, env=environment, check=True)
+        stage = "stages: {big: {cmd: head -c 3000000 /dev/urandom > big, outs: [big]}}\n"
+        (repo / "dvc.yaml").write_text(stage)
+        job = start(repo, environment, "big")
+        said, _ = job.communicate()
+        assert job.returncode == 1
+        assert f"No space left on device: '{repo}/big' -> '{cache}/" in said
+        assert "Traceback" not in said and not (repo / ".scratch/stamps/big").exists()
+        subprocess.run(["mount", "-o", "remount,size=10m", str(cache)], check=True)
+        job = start(repo, environment, "big")
+        said, _ = job.communicate()
+        assert job.returncode == 0, said
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)

@@ -355,8 +355,11 @@ def test_a_run_goes_on_from_a_checkpoint(
     assert not any(f" step {number}: " in line for line in warnings for number in said)  # not for a second time
 
 
+ASKS = "[float(__import__('os').kill(__import__('os').getpid(), 15) or 0)] * len(completions)"
+
+
 def test_a_run_that_is_asked_to_end_saves_where_it_can_go_on(run: Run, tmp_path: Path, own: Own) -> None:
-    own("asks", "[float(__import__('os').kill(__import__('os').getpid(), 15) or 0)] * len(completions)")
+    own("asks", ASKS)
     changes = {"rewards": {"asks.reward": 1.0}, "rewards_read": "asks.py"}
     with pytest.raises(Stopped) as stopped:
         run("grpo", {**changes, "trainer": {"num_iterations": 2, "max_steps": 5}})
@@ -367,8 +370,17 @@ def test_a_run_that_is_asked_to_end_saves_where_it_can_go_on(run: Run, tmp_path:
     assert found is not None and step(found) == 2
 
 
+def test_a_run_that_no_checkpoint_holds_saves_none(run: Run, tmp_path: Path, own: Own) -> None:
+    own("asks", ASKS)
+    changes = {"rewards": {"asks.reward": 1.0}, "rewards_read": "asks.py"}
+    with pytest.raises(Stopped) as stopped:
+        run("grpo", {**changes, "trainer": {"sync_ref_model": True, "beta": 0.1}}, minutes=0)
+    assert stopped.value.message == "grpo reasoning was stopped at step 1; it cannot go on from there"
+    assert not list((tmp_path / "run-0/scratch").rglob("checkpoint-*"))
+
+
 def test_a_run_that_is_asked_to_end_in_its_last_step_ends_as_it_would_have(run: Run, own: Own) -> None:
-    own("asks", "[float(__import__('os').kill(__import__('os').getpid(), 15) or 0)] * len(completions)")
+    own("asks", ASKS)
     folder = run("grpo", {"rewards": {"asks.reward": 1.0}, "rewards_read": "asks.py", "trainer": {"max_steps": 1}})
     assert (folder / "reasoning/model.safetensors").is_file()
 
