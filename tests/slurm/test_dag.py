@@ -1,8 +1,8 @@
 """The pipeline on a real SLURM, with everything that happens on a cluster happening to it.
 
-Three experiments run in one checkout. `first` is the default recipe; its SFT runs on two nodes, a node is lost while it
-samples, and what it makes must be what `dvc repro` makes. `hurt` runs beside it; its SFT is requeued, its GRPO meets
-the time limit, and the process that drives it is killed. Its models must be those of an uninterrupted training.
+Two experiments run in one checkout. `first` is the default recipe; its SFT runs on two nodes and is requeued, a node is
+lost while it samples, and what it makes must be what `dvc repro` makes. `hurt` runs beside it; its GRPO meets the time
+limit, and the process that drives it is killed. Its model must be that of an uninterrupted training.
 """
 
 import csv
@@ -36,9 +36,8 @@ SHARED = (
 )
 # A training of half a minute, that neither SLURM nor we are too slow for.
 HURT = (
-    "sft.cold_start.trainer.max_steps=200 sft.cold_start.held_out=0 sft.cold_start.trainer.eval_strategy=no "
-    "grpo.reasoning.trainer.max_steps=120 grpo.reasoning.held_out=0 grpo.reasoning.trainer.eval_strategy=no "
-    "generate.models=[reasoning]"
+    "~sft.cold_start grpo.reasoning.start_from=base generate.models=[reasoning] "
+    "grpo.reasoning.trainer.max_steps=120 grpo.reasoning.held_out=0 grpo.reasoning.trainer.eval_strategy=no"
 )
 
 
@@ -125,24 +124,13 @@ def finished(site: Checkout, cluster: Cluster) -> dict[str, Started]:
         log.append(f"{time.strftime('%H:%M:%S')} {text}")
 
     # In the middle of SFT, with a checkpoint behind it: back to the queue.
-    hurt.wait_for("a checkpoint of sft", lambda: list(hurt.clone.glob(".scratch/checkpoints/*/*/manifest.json")))
-    job = hurt.job(cluster, "sft@cold_start")
+    first.wait_for("a checkpoint of sft", lambda: list(first.clone.glob(".scratch/checkpoints/*/*/manifest.json")))
+    job = first.job(cluster, "sft@cold_start")
     assert job is not None
     cluster.run(f"scontrol requeue {job}")
-    note(f"hurt: sft, job {job}, requeued at: {last(hurt.logged('sft@cold_start'))}")
-    hurt.wait_for("the second attempt of sft", lambda: "going on" in hurt.logged("sft@cold_start"))
-    note(f"hurt: {last(hurt.logged('sft@cold_start'), 'going on')}")
-
-    # A node is lost while it samples.
-    first.wait_for("sampling", lambda: sampling(first, cluster))
-    job = sampling(first, cluster)
-    assert job is not None
-    lost = cluster.jobs()[job]
-    cluster.node_down(lost["node"])
-    note(f"first: node {lost['node']} of job {job} ({lost['comment']}) was set down")
-    first.wait_for("its second attempt", lambda: cluster.jobs()[job]["state"] != "PENDING" and restarts(cluster, job))
-    assert cluster.jobs()[job]["node"] != lost["node"]
-    cluster.node_up(lost["node"])
+    note(f"first: sft, job {job}, was requeued at: {last(first.logged('sft@cold_start'))}")
+    first.wait_for("the second attempt of sft", lambda: "going on" in first.logged("sft@cold_start"))
+    note(f"first: {last(first.logged('sft@cold_start'), 'going on')}")
 
     # In the middle of GRPO: the time limit.
     hurt.wait_for("grpo", lambda: re.search(r"grpo reasoning: \d+/120", hurt.logged("grpo@reasoning")))
@@ -162,6 +150,18 @@ def finished(site: Checkout, cluster: Cluster) -> dict[str, Started]:
     note("hurt: the driver and Snakemake were killed")
     assert cluster.jobs()[job]["state"] in ("RUNNING", "PENDING")
     hurt.process = site.begin(f"{RUN} continue hurt", hurt.output)
+
+    # A node is lost while it samples.
+    first.wait_for("sampling", lambda: sampling(first, cluster))
+    job = sampling(first, cluster)
+    assert job is not None
+    lost = cluster.jobs()[job]
+    cluster.node_down(lost["node"])
+    note(f"first: node {lost['node']} of job {job} ({lost['comment']}) was set down")
+    first.wait_for("its second attempt", lambda: cluster.jobs()[job]["state"] != "PENDING" and restarts(cluster, job))
+    assert cluster.jobs()[job]["node"] != lost["node"]
+    cluster.node_up(lost["node"])
+
     for experiment in (first, hurt):
         experiment.wait_for("the end", lambda one=experiment: one.process.poll() is not None, 600)
         assert experiment.process.returncode == 0, experiment.said()
@@ -204,11 +204,8 @@ def test_the_lock_of_dvc_repro(finished: dict[str, Started], trained: Checkout) 
 
 
 def test_sft_ran_on_two_nodes(finished: dict[str, Started], cluster: Cluster) -> None:
-    (job,) = [
-        each
-        for each in cluster.jobs().values()
-        if each["comment"] == "rule_sft_wildcards_sft@cold_start" and each["folder"] == str(finished["first"].clone)
-    ]
+    ours = [job for job in cluster.jobs().values() if job["name"].startswith("first_")]
+    (job,) = [job for job in ours if job["comment"] == "rule_sft_wildcards_sft@cold_start"]
     assert re.fullmatch(r"n\[[123][-,][123]\]", job["node"])
     facts = yaml.safe_load((finished["first"].clone / "data/logs/sft/cold_start/stage.json").read_text())
     assert (facts["devices"], facts["hardware"]) == (2, "two_nodes")
@@ -220,19 +217,14 @@ def test_an_interrupted_training_gives_the_model_of_one_that_was_not(
     clone = finished["hurt"].clone
     again = Checkout.in_folder(clone)
     shutil.rmtree(clone / ".scratch/checkpoints", ignore_errors=True)
-    for kind, phase, start, dataset in (
-        ("sft", "cold_start", "base", "traces"),
-        ("grpo", "reasoning", "cold_start", "problems"),
-    ):
-        again.run(
-            f"HARDWARE=one_core python -m workflow.launch {kind} {phase} --model data/models/{start} "
-            f"--dataset data/prepared/{dataset}.parquet --output {tmp_path}/models/{phase} --log {tmp_path}/log/{phase}"
-        )
-        for file in ("model.safetensors", "config.json", "tokenizer.json"):
-            made, other = clone / f"data/models/{phase}/{file}", tmp_path / f"models/{phase}/{file}"
-            assert made.read_bytes() == other.read_bytes(), (phase, file)
-        history = clone / f"data/logs/{kind}/{phase}/history.csv"
-        assert history.read_bytes() == (tmp_path / f"log/{phase}/history.csv").read_bytes()
+    again.run(
+        "HARDWARE=one_core python -m workflow.launch grpo reasoning --model data/models/base "
+        f"--dataset data/prepared/problems.parquet --output {tmp_path}/reasoning --log {tmp_path}/log"
+    )
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (clone / "data/models/reasoning" / file).read_bytes() == (tmp_path / "reasoning" / file).read_bytes()
+    history = clone / "data/logs/grpo/reasoning/history.csv"
+    assert history.read_bytes() == (tmp_path / "log/history.csv").read_bytes()
 
 
 def test_results_are_experiments(finished: dict[str, Started], site: Checkout) -> None:
