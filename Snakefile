@@ -10,7 +10,7 @@ LOCAL = ["check", "download"]
 # On one machine a stage has all of it; the jobs of a cluster have the profile's cpus_per_task.
 THREADS = workflow.resource_settings.cores or 1
 
-check_profile(workflow.resource_settings, ENTRIES)
+check_profile(workflow.resource_settings)
 
 
 def upstream(wildcards):

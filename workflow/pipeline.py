@@ -82,14 +82,16 @@ def _locked(text: str) -> dict[str, Any]:
     return yaml.load(text, Loader=yaml.CSafeLoader)
 
 
-def check_profile(settings: Any, entries: list[str]) -> None:
-    """Raise Snakemake's WorkflowError where a profile gives resources to a rule that does not exist.
+def check_profile(settings: Any) -> None:
+    """Raise Snakemake's WorkflowError where a profile gives resources to a rule that is no entry of dvc.yaml.
 
     Args:
         settings: Snakemake's ResourceSettings, made from the profile and the command line.
     """
+    import yaml
     from snakemake.exceptions import WorkflowError
 
+    entries = list(yaml.safe_load(Path("dvc.yaml").read_text())["stages"])  # some may have no stage in this recipe
     for option, rules in (("resources", settings.overwrite_resources), ("threads", settings.overwrite_threads)):
         for rule in rules:
             if rule not in entries:

@@ -102,6 +102,17 @@ def test_profile(checkout, environment, profile):
             assert "runtime=" in job[1] and "--signal=TERM@" in job[1]
 
 
+def test_a_profile_for_a_rule_without_stages(checkout, environment):
+    """R1-Zero has no SFT, and needs no profile of its own."""
+    params = YAML(typ="safe").load(checkout / "params.yaml")
+    params["grpo"]["reasoning"]["start_from"] = "base"
+    params["generate"]["models"] = ["reasoning"]
+    YAML().dump(params | {"sft": {}}, checkout / "params.yaml")
+    done = call(checkout, environment, "snakemake", "--profile", "workflow/profiles/slurm", "--dry-run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not re.search("^rule sft:", done.stdout + done.stderr, re.MULTILINE)
+
+
 def test_a_profile_for_a_rule_that_does_not_exist(checkout, environment):
     profile = checkout / "workflow/profiles/slurm/config.yaml"
     profile.write_text(profile.read_text().replace("  grpo: {gpu", "  gpro: {gpu"))
