@@ -411,6 +411,11 @@ def take(experiment: Experiment) -> IO[str]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.1)  # somebody may only be looking
+        except OSError as error:
+            raise StageError(
+                f"{experiment.shown} cannot be locked ({error.strerror}); make .scratch a link to a folder on a file "
+                "system with flock, e.g. NFS, or Lustre mounted with -o flock"
+            ) from None
         else:
             sign(lock, os.getpid())
             return lock
@@ -625,7 +630,7 @@ def failure(experiment: Experiment, since: float) -> str:
         if record["code"] and record["ended"] >= since:
             log = print_last_lines(experiment, record["log"])
             if record["code"] == STOPPED:
-                return f"{record['stage']} was stopped and can go on; write: {again(experiment)}"
+                return f"{record['stage']} was stopped, and not queued again; write: {again(experiment)}"
             mend = f"mend it in {experiment.shown} and write: {again(experiment)}"
             return f"{record['stage']} failed, its log is {log}; {mend}"
     jobs = submitted(output)

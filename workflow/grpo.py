@@ -50,6 +50,7 @@ def main() -> None:
 
     hardware, completions = load_hardware(), args.log / "completions.md"
     with Verifier(workers=worker_count()) as verifier:
+        verifier.start()
         dataset = Dataset.from_parquet(str(args.dataset), cache_dir=os.environ.get("DATASET_CACHE", str(args.scratch)))
         if any(solution is None for solution in dataset["solution"]):
             raise stage.StageError(f"{where}.dataset has no solutions; name one whose format has them")
@@ -84,7 +85,8 @@ def main() -> None:
             stop,
             hardware.checkpoint_minutes,
             args.resume,
-            may_save=lambda: trainer.generates_next,
+            # The reference model that moves after the trained one is in no checkpoint.
+            may_save=None if trainer.args.sync_ref_model else lambda: trainer.generates_next,
             log=completions,
         )
         trainer.add_callback(checkpoints)

@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("--stamp", type=Path, required=True, help="written when the stage is done: what it made")
     parser.add_argument("--hardware", default="auto", help="a file of workflow/hardware/; auto: what fits the GPUs")
     args = parser.parse_args()
+    asked = threading.Event()  # to end
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    signal.signal(signal.SIGINT, lambda *_: asked.set())  # Ctrl-C, which the terminal sends to dvc and the stage too
     earlier = read_record(args.stage)
     refuse_twice(args.stage, earlier)
     if args.hardware != "auto":
@@ -57,7 +60,7 @@ def main() -> None:
     if earlier is not None and earlier["ended"] is None and earlier["job"] is not None:
         time.sleep(2 * LOOK)  # SLURM may have given up a node that is alive: see `follow`
     release_locks(args.stage)
-    code, resumable = follow(args.stage, [log, args.log], known)
+    code, resumable = follow(args.stage, [log, args.log], known, asked)
     if not is_ours(known):
         sys.exit(f"error: {args.stage} was taken over by another attempt, see {record_file(args.stage)}")
     write_record({**known, "ended": time.time(), "code": code})
@@ -65,7 +68,7 @@ def main() -> None:
         args.stamp.parent.mkdir(parents=True, exist_ok=True)
         args.stamp.write_text(made(args.stage))
     if code == STOPPED:
-        requeue(MOST_STOPS if resumable else MOST_BEGINNINGS)
+        requeue(MOST_STOPS if resumable else MOST_BEGINNINGS, log)
     sys.exit(code)
 
 
@@ -112,16 +115,26 @@ def refuse_twice(name: str, other: dict[str, Any] | None) -> None:
 def is_running(record: dict[str, Any]) -> bool:
     """Whether the job or the process that wrote a record is still there; this very SLURM job, begun again, is not."""
     if record["job"]:
-        return record["job"] != os.environ.get("SLURM_JOB_ID") and job_state(record["job"]) in {"RUNNING", "COMPLETING"}
+        alive = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED"}
+        return record["job"] != os.environ.get("SLURM_JOB_ID") and job_state(record["job"]) in alive
     import psutil
 
-    # Without SLURM a checkout is run on one machine only.
-    return record["node"] == socket.gethostname() and psutil.pid_exists(record["pid"])
+    if record["node"] != socket.gethostname():  # another login node, whose processes cannot be seen
+        return time.time() - record_file(record["stage"]).stat().st_mtime < 12 * LOOK
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(record["pid"]).create_time() < record["started"]  # else the number is another's by now
+    return False
 
 
 def job_state(job: str) -> str:
-    """What SLURM says of a job, e.g. RUNNING; nothing when it has forgotten the job."""
+    """What SLURM says of a job, e.g. RUNNING; nothing when it has forgotten the job.
+
+    Raises:
+        StageError: SLURM does not answer.
+    """
     found = subprocess.run(["squeue", "--noheader", "--jobs", job, "--format", "%T"], capture_output=True, text=True)
+    if found.returncode and "Invalid job id" not in found.stderr:
+        raise stage.StageError(f"squeue does not say what became of job {job}, try again later: {found.stderr.strip()}")
     return found.stdout.strip()
 
 
@@ -149,11 +162,14 @@ def release_locks(name: str) -> None:
                 del lock["read"][path]
 
 
-def follow(name: str, logs: list[Path], known: dict[str, Any]) -> tuple[int, bool]:
+def follow(name: str, logs: list[Path], known: dict[str, Any], asked: threading.Event) -> tuple[int, bool]:
     """Run a stage with DVC, and copy what it prints to the terminal and to files.
 
     SLURM runs a job again elsewhere when it has lost sight of its node, where it may still run. So each attempt looks
     whether a later one has begun, and ends at once if so; the later one begins two looks later.
+
+    Args:
+        asked: whether this job was asked to end; then the stage is, too.
 
     Returns:
         0, STOPPED (75) for a stage that was stopped, or 1; and whether the stage said that it can go on.
@@ -170,14 +186,16 @@ def follow(name: str, logs: list[Path], known: dict[str, Any]) -> tuple[int, boo
         preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
     )
 
-    asked = threading.Event()
-
-    def stop(*_: int | FrameType | None) -> None:
+    def ask() -> None:
         import psutil
 
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            for child in psutil.Process(process.pid).children():
+                child.terminate()
+
+    def stop(*_: int | FrameType | None) -> None:
         asked.set()
-        for child in psutil.Process(process.pid).children():
-            child.terminate()
+        ask()
 
     def watch() -> None:
         import psutil
@@ -187,6 +205,10 @@ def follow(name: str, logs: list[Path], known: dict[str, Any]) -> tuple[int, boo
                 with suppress(psutil.NoSuchProcess):
                     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
                         each.kill()
+                return
+            os.utime(record_file(name))  # a sign of life, for other login nodes
+            if asked.is_set():
+                ask()  # when we were asked, dvc may not have begun the stage
             time.sleep(LOOK)
 
     signal.signal(signal.SIGTERM, stop)
@@ -206,11 +228,12 @@ def follow(name: str, logs: list[Path], known: dict[str, Any]) -> tuple[int, boo
     return STOPPED if stopped else int(code != 0), resumable
 
 
-def requeue(most: int) -> None:
+def requeue(most: int, log: Path) -> None:
     """Put this SLURM job back into the queue, if it still runs; one that is being cancelled or preempted does not.
 
     Args:
         most: times that it may have been there already.
+        log: where the user looks.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or STOP.exists() or job_state(job) != "RUNNING":
@@ -220,7 +243,10 @@ def requeue(most: int) -> None:
     if batch != "1":
         return  # the shell of salloc, which SLURM cannot start again
     if int(restarts) >= most:
-        print(f"error: this stage was stopped {most + 1} times; give it more runtime in the profile")
+        said = f"error: this stage was stopped {most + 1} times; give it more runtime in the profile"
+        print(said)
+        with log.open("a") as file:
+            print(said, file=file)
         return
     print(f"SLURM job {job} goes back to the queue and continues this stage", flush=True)
     subprocess.run(["scontrol", "requeue", job], check=True)

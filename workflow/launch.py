@@ -40,6 +40,7 @@ CHECKPOINTS = Path(".scratch/checkpoints")
 Kind = Literal["sft", "grpo"]
 READY_WITHIN = 600.0  # seconds a server may take to load its model
 TOLD_EVERY = 15.0  # seconds between two lines about a server that is not ready
+SAVED_WITHIN = 170.0  # seconds that trainers have for a checkpoint when the server was ended from outside
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 
 
@@ -477,6 +478,17 @@ def _follow(
         _ask_to_end(running)  # the signal came while they were started
     while not (ended := _ended(running, stopping)):
         time.sleep(0.1)
+    first = ended[0]
+    asked = first.process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    if first.command.health is not None and asked and not stopping:
+        # SLURM asks the steps of a job to end, and not us: the trainers were asked too, and save first.
+        until = time.monotonic() + SAVED_WITHIN
+        trainers = [each for each in running if each.command.health is None]
+        while time.monotonic() < until and any(each.process.poll() is None for each in trainers):
+            time.sleep(0.1)
+        for each in trainers:
+            if each.process.poll() == stage.STOPPED:
+                return each, stage.STOPPED, _how(stage.STOPPED)
     return ended
 
 

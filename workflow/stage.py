@@ -27,10 +27,13 @@ class StageError(ValueError):
 
 
 class Stopped(SystemExit):
-    """The stage was asked to end, and did; the message is one sentence that says where."""
+    """The stage was asked to end, and did; the message is one sentence that says where.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(STOPPED)
+    The exit code is STOPPED where the same command goes on from what is kept, else 1.
+    """
+
+    def __init__(self, message: str, code: int = STOPPED) -> None:
+        super().__init__(code)
         self.message = message
 
 
@@ -107,7 +110,7 @@ def run(main: Callable[[], None]) -> None:
         _say(f"error: {stopped.message}", report)
         if report:
             sys.stdout.flush()
-            os._exit(STOPPED)  # at once, whatever threads NCCL and vLLM have: the time to save may be over
+            os._exit(stopped.code)  # at once, whatever threads NCCL and vLLM have: the time to save may be over
         raise
     except Exception as error:
         ours = isinstance(error, (ParamsError, StageError))

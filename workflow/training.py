@@ -277,7 +277,9 @@ class Checkpoints(TrainerCallback):
         stopping, due = self.trainer.accelerator.gather(here).any(dim=0).tolist()
         self.stopping = self.stopping or stopping
         if self.stopping and self.may_save is None and state.global_step < state.max_steps:
-            raise stage.Stopped(f"{self.label} was stopped at step {state.global_step}; it cannot go on from there")
+            raise stage.Stopped(
+                f"{self.label} was stopped at step {state.global_step}; it cannot go on from there", code=1
+            )
         # After the last step comes the export, which takes no longer than a checkpoint.
         if (self.stopping or due) and self._can_go_on_from_here(state):
             control.should_save = True

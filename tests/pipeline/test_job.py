@@ -114,6 +114,17 @@ def test_a_stage_with_a_checkpoint_ends_with_75_and_goes_on(repo: Path, environm
     assert record(repo, "resumable")["attempt"] == 2
 
 
+def test_a_signal_before_the_stage_has_begun_is_not_lost(repo: Path, environment: dict[str, str]) -> None:
+    job = start(repo, environment, "resumable")
+    while not (repo / ".scratch/jobs/resumable.json").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)  # dvc is being imported
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=30)
+    assert job.returncode == 75
+    assert not (repo / "resumable").exists()
+
+
 def test_a_stage_without_a_checkpoint_is_not_left_running(repo: Path, environment: dict[str, str]) -> None:
     job = start(repo, environment, "helpless")
     wait_until_begun(repo, "helpless")

@@ -228,6 +228,20 @@ def test_a_server_that_is_signalled_too_does_not_end_the_saving(start):
     assert process.communicate(timeout=20)[0] == "saved SIGTERM\n" and process.returncode == 75
 
 
+def test_trainers_save_when_a_signal_reaches_only_what_was_started(start):
+    """As SLURM does it: it asks the steps of a job to end, not the script that has started them."""
+    work = "import os, signal, sys, time\nfrom pathlib import Path\n"
+    work += "def save(*_):\n    time.sleep(1)\n    Path('saved').touch()\n    sys.exit(75)\n"
+    work += "signal.signal(signal.SIGTERM, save)\nPath('work.pid').write_text(str(os.getpid()))\ntime.sleep(60)"
+    process = start(work, SERVER)
+    wait_for(lambda: Path("work.pid").exists() and Path("work.pid").read_text())
+    for name in ("server", "work"):
+        os.kill(int(Path(f"{name}.pid").read_text()), signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert Path("saved").exists()
+
+
 def test_a_signal_while_the_server_starts(start):
     process = start(WAITS, SERVER, {"DELAY": "60"})
     wait_for(Path("server.pid").is_file)
