@@ -57,6 +57,7 @@ bench: install ## Measure the stages beside what one would use instead; DATA_DIR
 	python bench/generation.py
 	python bench/scoring.py
 	python bench/stats.py
+	python bench/scale.py
 
 lock: install ## Resolve requirements/{cpu,gpu}.txt again from pyproject.toml; UV_OPTIONS=… for indexes of your own
 	$(COMPILE) --extra gpu --output-file requirements/gpu.txt

@@ -214,16 +214,25 @@ def follow(name: str, logs: list[Path], known: dict[str, Any], asked: threading.
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=watch, daemon=True).start()
     assert process.stdout is not None
-    resumable = False
+    resumable = uncached = False
     files = [log.open("wb") for log in logs]
     for line in process.stdout:
         for file in (*files, sys.stdout.buffer):
             file.write(line)
             file.flush()
         resumable = resumable or re.search(rb"failed to run: .*, exited with %d$" % STOPPED, line) is not None
+        uncached = uncached or line.startswith(b"ERROR: failed to transfer ")
+    code = process.wait()
+    if code == 0 and uncached:
+        # For DVC this is no failure, but it would make the stage again the next time.
+        code, said = (
+            1,
+            f"error: {name} is made, but is not in DVC's cache, see above; make room there, and start again\n",
+        )
+        for file in (*files, sys.stdout.buffer):
+            file.write(said.encode())
     for file in files:
         file.close()
-    code = process.wait()
     stopped = code and (resumable or asked.is_set())
     return STOPPED if stopped else int(code != 0), resumable
 

@@ -446,7 +446,7 @@ def run(commands: list[Command]) -> int:
                 each.process.poll()  # so that it is no zombie, which the watcher would wait for
             time.sleep(0.05)
     code = code if code >= 0 else 128 - code
-    if stopping and code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+    if stopping and code in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + ended.command.stop):
         print(f"error: {ended.command.name} was stopped; the same command goes on from there", file=sys.stderr)
         return stage.STOPPED
     if code:
@@ -632,27 +632,28 @@ def accelerate(arguments: list[str]) -> None:
         SystemExit: with the exit code of the training process, 128 + n for signal n; what it said is printed once.
         Stopped: the training processes were asked to end before they could say anything.
     """
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     import psutil
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     stopping: list[int] = []
+    told: list[int] = []
     before = stage.Stopped("the training was stopped while it was starting; the same command starts it again")
 
     def stop(signum: int, _: FrameType | None) -> None:
         # Asks the training processes; torchrun would kill them 30 s later, and forget their exit codes.
         stopping.append(signum)
-        children = psutil.Process().children()
-        for child in children:
+        for child in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
                 child.terminate()
-        if not children and len(stopping) == 1:
+                told.append(child.pid)
+        if not told:
             raise before
 
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    # After the imports, which a signal simply ends: an exception raised in one of them may be caught there.
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, stop)
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
     logging.disable(logging.CRITICAL)  # torchrun's summary of what is said below
     rank = ["--machine_rank", os.environ["SLURM_PROCID"]] if "SLURM_PROCID" in os.environ else []
     with tempfile.TemporaryDirectory() as scratch:

@@ -33,12 +33,18 @@ def lay(root: Path = Path()) -> list[str]:
     order = TopologicalSorter({name: one.upstream for name, one in stages.items()}).static_order()
     left: list[str] = []
     with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
+        known = {one.addressing: one for one in repo.index.stages}
         for name in order:
             if any(upstream in left for upstream in stages[name].upstream):
                 left.append(name)
                 continue
-            (found,) = repo.stage.collect(name)
-            if found.changed():
+            found = known[name]
+            if found.changed() and in_place(found):
+                # The cache had no room for it, or has lost it: what is made need not be made again.
+                repo.commit(name, force=True)
+                if found.changed():
+                    raise stage.StageError(f"{name} is made, but {repo.cache.local.path} has no room for it; make room")
+            elif found.changed():
                 if not restorable(repo, found):
                     left.append(name)
                     continue
@@ -48,6 +54,11 @@ def lay(root: Path = Path()) -> list[str]:
             if (measured := root / BENCHMARKS / f"{name}.tsv").exists():
                 measured.touch()  # for Snakemake it is an output, older than the stamps it comes after
     return left
+
+
+def in_place(found: "PipelineStage") -> bool:
+    """Whether the working tree has just what dvc.lock says of a stage, whatever the cache has."""
+    return not (found.changed_stage() or found.changed_deps() or any(out.workspace_status() for out in found.outs))
 
 
 def restorable(repo: "Repo", changed: "PipelineStage") -> bool:

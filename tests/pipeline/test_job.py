@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -180,19 +181,26 @@ def test_an_attempt_that_was_taken_over_ends(repo: Path, environment: dict[str, 
     assert not (repo / "checkpoint").exists()
 
 
+FILE = "head -c 3000000 /dev/urandom > big"
+FOLDER = "mkdir big && head -c 3000000 /dev/urandom > big/one && head -c 10 /dev/urandom > big/other"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, as root")
-def test_a_full_cache_says_so_and_the_next_attempt_succeeds(repo: Path, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("makes", [FILE, FOLDER])
+def test_a_full_cache_says_so_and_the_next_attempt_succeeds(
+    repo: Path, environment: dict[str, str], makes: str
+) -> None:
+    """Of a folder DVC says so, but does not fail."""
     cache = repo / "cache"
     cache.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(cache)], check=True)
     try:
         subprocess.run(["dvc", "cache", "dir", "--local", "cache"], cwd=repo, env=environment, check=True)
-        stage = "stages: {big: {cmd: head -c 3000000 /dev/urandom > big, outs: [big]}}\n"
-        (repo / "dvc.yaml").write_text(stage)
+        (repo / "dvc.yaml").write_text(f"stages: {{big: {{cmd: '{makes}', outs: [big]}}}}\n")
         job = start(repo, environment, "big")
         said, _ = job.communicate()
         assert job.returncode == 1
-        assert f"No space left on device: '{repo}/big' -> '{cache}/" in said
+        assert re.search(f"No space left on device: '{repo}/big.*' -> '{cache}/", said)
         assert "Traceback" not in said and not (repo / ".scratch/stamps/big").exists()
         subprocess.run(["mount", "-o", "remount,size=10m", str(cache)], check=True)
         job = start(repo, environment, "big")

@@ -324,7 +324,7 @@ def test_what_slurm_refuses(site: Checkout, resource: str, value: object, reason
 def test_every_command_of_the_page_was_run(finished: dict[str, Started]) -> None:
     """But for those that are said to need a GPU, and those of the page's section on remotes (tests/e2e)."""
     shown = [line for block in re.findall(r"```bash\n(.*?)```", DOCS, re.DOTALL) for line in block.splitlines()]
-    remotes = ("dvc cache dir", "dvc config", "dvc remote", "dvc push", "dvc pull", "dvc repro --pull")
+    remotes = ("mkdir", "dvc cache dir", "dvc config", "dvc remote", "dvc push", "dvc pull", "dvc repro --pull")
     elsewhere = {command for command in commands(DOCS) if command.startswith(("source", *remotes))}
     elsewhere |= {line.split("  #")[0].strip() for line in shown if "# GPU:" in line}
     assert set(commands(DOCS)) == TRIED | elsewhere
