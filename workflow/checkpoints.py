@@ -117,7 +117,7 @@ def seal(checkpoint: Path, seconds: float) -> None:
     Args:
         seconds: that were trained so far, in all sittings.
     """
-    files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file()]
+    files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file != checkpoint / MANIFEST]
     with ThreadPoolExecutor() as pool:
         list(pool.map(_sync, [*files, *{file.parent for file in files}]))
         digests = list(pool.map(_sha256, files))

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+REPORT = "TORCHELASTIC_ERROR_FILE"  # set by torchrun: a file for each training process
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from what is kept
 
 
@@ -34,7 +35,7 @@ class Stopped(SystemExit):
 
     def __init__(self, message: str, code: int = STOPPED) -> None:
         super().__init__(code)
-        self.message = message
+        self.message, self.exit_code = message, code
 
 
 @dataclass
@@ -61,8 +62,12 @@ def stoppable(what: str) -> Stop:
         _stop.asked = True
         if not _stop.noted_only:
             _stop.noted_only = True
-            raise Stopped(f"{what} was stopped while it was starting; the same command starts it again")
+            stopped = Stopped(f"{what} was stopped while it was starting; the same command starts it again")
+            if report := os.environ.get(REPORT):
+                _leave(stopped, report)  # what is being imported may catch an exception, and others wait for us
+            raise stopped
 
+    _stop.asked = _stop.noted_only = False
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, ask)
     return _stop
@@ -98,7 +103,7 @@ def run(main: Callable[[], None]) -> None:
     from workflow.params import ParamsError
 
     quiet()
-    report = os.environ.get("TORCHELASTIC_ERROR_FILE")  # written by torchrun, a file for each process
+    report = os.environ.get(REPORT)
     if report:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # srun sends it to us too; launch sends SIGTERM instead
@@ -107,10 +112,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except Stopped as stopped:
-        _say(f"error: {stopped.message}", report)
         if report:
-            sys.stdout.flush()
-            os._exit(stopped.code)  # at once, whatever threads NCCL and vLLM have: the time to save may be over
+            _leave(stopped, report)  # whatever threads NCCL and vLLM have: the time to save may be over
+        _say(f"error: {stopped.message}", report)
         raise
     except Exception as error:
         ours = isinstance(error, (ParamsError, StageError))
@@ -127,6 +131,13 @@ def run(main: Callable[[], None]) -> None:
         # How it ends is decided, and Python takes our handlers away while it shuts down.
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, signal.SIG_IGN)
+
+
+def _leave(stopped: Stopped, report: str) -> None:
+    """End a training process at once."""
+    _say(f"error: {stopped.message}", report)
+    sys.stdout.flush()
+    os._exit(stopped.exit_code)
 
 
 def _say(message: str, report: str | None) -> None:

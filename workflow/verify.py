@@ -23,10 +23,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, lru_cache, partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, Literal
 
-from pebble import ProcessPool
+from pebble import CONSTS, ProcessPool
 
 from workflow.stage import Progress
 
@@ -103,10 +103,18 @@ class Verifier:
         self._pool.join()
 
     def start(self) -> None:
-        """Let the fork server import math_verify while the caller does something else; `verify` starts it otherwise."""
+        """Let the fork server import math_verify while the caller does something else; `verify` starts it otherwise.
+
+        Started here it and the workers do not end at a SIGTERM, which SLURM sends to every process of a job: those of
+        a training that saves a checkpoint first are still needed.
+        """
+        resource_tracker.ensure_running()  # it would unblock the signal
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited
         forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _new_pool(self) -> ProcessPool:
+        CONSTS.term_timeout = 0.0  # seconds that pebble waits between SIGTERM and SIGKILL
         context = multiprocessing.get_context("forkserver")
         # What sympy imports only when it compares would otherwise be imported by every worker.
         own, sympy = ["workflow.verify", "workflow.params"], ["sympy.physics.units", "sympy.tensor.tensor"]

@@ -59,6 +59,8 @@ def test_a_sealed_checkpoint_is_whole(folder: Path, capsys: pytest.CaptureFixtur
     assert list(known["files"]) == ["empty", "global_step/shard.pt", "model.safetensors"]
     assert checkpoints.seconds_trained(folder / "checkpoint-20") == known["seconds"] == 1200.8
     assert checkpoints.step(folder / "checkpoint-20") == 20
+    seal(folder / "checkpoint-20", 5)
+    assert fault(folder / "checkpoint-20") is None
     assert capsys.readouterr().out == ""
 
 

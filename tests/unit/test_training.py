@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from workflow import grpo, sft
 from workflow.builtin import question, terms, thought
-from workflow.checkpoints import newest, seconds_trained, step
+from workflow.checkpoints import newest, seal, step
 from workflow.launch import HERE
 from workflow.params import GRPOPhase, SFTPhase
 from workflow.prompts import build
@@ -347,9 +347,11 @@ def test_a_run_goes_on_from_a_checkpoint(
     assert 0 < step(first) < step(second)
     assert not list((often / "scratch").rglob("training_args.bin"))
     capsys.readouterr()
+    seal(first, seconds=1000)
     again = run(kind, changes, resume=first)
     same(again, whole, name)
-    assert facts(again)["train_seconds"] > seconds_trained(first)
+    assert 1000 <= facts(again)["train_seconds"] < 1100 and 1000 < facts(again)["seconds"] < 1100  # all sittings
+    assert facts(again)["tokens_per_second"] == pytest.approx(facts(again)["tokens"] / 1000, rel=0.1, abs=1)
     said = [row["step"] for row in json.loads((first / "trainer_state.json").read_text())["log_history"]]
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
     assert not any(f" step {number}: " in line for line in warnings for number in said)  # not for a second time

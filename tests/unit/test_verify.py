@@ -253,6 +253,36 @@ def test_workers_killed_just_before_their_work_are_replaced():
             assert all(verdict.correct for verdict in verifier.verify(texts))
 
 
+STARTED = """
+from threading import Timer
+import psutil
+from workflow.verify import Verifier
+
+def terminate(processes):
+    for process in processes:
+        process.terminate()
+
+if __name__ == "__main__":
+    with Verifier(workers=2) as verifier:
+        verifier.start()
+        verifier.verify([("$0.5$", r"\\boxed{0.5}")])
+        processes = psutil.Process().children(recursive=True)
+        for n in range(1, 9):
+            timer = Timer(0.005 * n, terminate, [processes])
+            timer.start()
+            texts = [(f"${n}.{m}$", rf"\\boxed{{{n}.{m}}}") for m in range(1, 19)]
+            assert all(verdict.correct for verdict in verifier.verify(texts))
+            timer.join()
+        assert psutil.Process().children(recursive=True) == processes
+"""
+
+
+def test_workers_that_were_started_first_do_not_end_at_a_sigterm(tmp_path, environment):
+    """Not in the middle of their work either, where the verdict would be that an answer cannot be compared."""
+    (tmp_path / "started.py").write_text(STARTED)
+    subprocess.run([sys.executable, tmp_path / "started.py"], env=environment, check=True)
+
+
 def test_worker_count(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
