@@ -297,7 +297,7 @@ def test_a_profile_that_snakemake_refuses(main, tmp_path):
         ("x -S sed=1", "Could not override 'sed'"),
         ("x -S seed", "-S: "),
         ("x -S recipe=nix", "Could not find 'recipe/nix'"),
-        ("x -S 'recipe=gsm8k_local'", "this recipe reads local files; write -S data_dir=/folder too"),
+        ("x -S 'recipe=gsm8k_local'", "this recipe reads local files; write data_dir=/folder too"),
         ("x --profile nix", "there is no profile 'nix'; write one of local, slurm, or the folder of a config.yaml"),
         ("x/y", "'x/y' cannot be the name of an experiment; write 1 to 40 letters, digits, - and _"),
         ("a" * 39 + " -S seed=1,2", "cannot be the name of an experiment"),
@@ -397,6 +397,8 @@ def test_interrupting_the_follower_leaves_the_driver(main):
         cwd=main.folder,
         stdout=subprocess.PIPE,
         text=True,
+        # In tests that run in the background SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert follower.stdout is not None and follower.stdout.readline().startswith("followed: ")
     assert "Stage 'train@reasoning' is cached" in follower.stdout.readline()

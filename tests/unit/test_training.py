@@ -350,7 +350,8 @@ def test_a_run_goes_on_from_a_checkpoint(
     seal(first, seconds=1000)
     again = run(kind, changes, resume=first)
     same(again, whole, name)
-    assert 1000 <= facts(again)["train_seconds"] < 1100 and 1000 < facts(again)["seconds"] < 1100  # all sittings
+    assert 1000 <= facts(again)["train_seconds"] < 1100  # all sittings
+    assert facts(again)["seconds"] > 1000
     assert facts(again)["tokens_per_second"] == pytest.approx(facts(again)["tokens"] / 1000, rel=0.1, abs=1)
     said = [row["step"] for row in json.loads((first / "trainer_state.json").read_text())["log_history"]]
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
