@@ -26,7 +26,7 @@ DOCS = (ROOT / "docs/cluster.md").read_text()
 TRIED: set[str] = set()
 RUN = "python -m workflow.experiment"
 PROFILE = "workflow/profiles/slurm/config.yaml"
-ONE = "processes: 1\nthreads: 1\naccelerate: ddp\ncheckpoint_minutes: 0.1\n"
+ONE = "processes: 1\nthreads: 1\naccelerate: ddp\ncheckpoint_minutes: 0.02\n"
 SHARED = (
     "tokens_per_device: {sft: 16384, grpo: 32768}\n"
     "trainer: {use_cpu: true, dataloader_pin_memory: false}\n"
@@ -34,10 +34,10 @@ SHARED = (
     "vllm: {enforce_eager: true, kv_cache_memory_bytes: 1073741824, enable_chunked_prefill: false}\n"
     "generation: {chunk: 512, ahead: 0}\n"
 )
-# A training of half a minute, that neither SLURM nor we are too slow for.
+# A training of a minute: SLURM looks at time limits every half.
 HURT = (
     "~sft.cold_start grpo.reasoning.start_from=base generate.models=[reasoning] "
-    "grpo.reasoning.trainer.max_steps=120 grpo.reasoning.held_out=0 grpo.reasoning.trainer.eval_strategy=no"
+    "grpo.reasoning.trainer.max_steps=200 grpo.reasoning.held_out=0 grpo.reasoning.trainer.eval_strategy=no"
 )
 
 
@@ -133,7 +133,7 @@ def finished(site: Checkout, cluster: Cluster) -> dict[str, Started]:
     note(f"first: {last(first.logged('sft@cold_start'), 'going on')}")
 
     # In the middle of GRPO: the time limit.
-    hurt.wait_for("grpo", lambda: re.search(r"grpo reasoning: \d+/120", hurt.logged("grpo@reasoning")))
+    hurt.wait_for("grpo", lambda: re.search(r"grpo reasoning: \d+/200", hurt.logged("grpo@reasoning")))
     job = hurt.job(cluster, "grpo@reasoning")
     assert job is not None
     cluster.run(f"scontrol update JobId={job} EndTime=now+50")
