@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from workflow import memory, stage
-from workflow.launch import Hardware, division, hardware_name, hardware_options, processes, sequence_length
+from workflow.launch import CHECKPOINTS, Hardware, division, hardware_name, hardware_options, processes, sequence_length
 from workflow.memory import GIB
 from workflow.params import GRPOPhase, Params, ParamsError, Phase, Prepare, Source
 
@@ -517,16 +516,10 @@ def disk_needs(run: Run) -> dict[Path, float]:
     cache_folder = dvc_cache()
     if cache_folder is not None:
         needs[cache_folder] = exported
-    total = total_steps(run)
-    if run.options["save_strategy"] == "steps" and total is not None:
-        every = run.options["save_steps"]
-        saves = total // (every if every >= 1 else math.ceil(every * total)) + 1  # the last step is saved too
-        kept = min(saves, run.options["save_total_limit"] or saves)
-        trained = memory.adapter_parameters(run.shape, run.phase.lora) if run.phase.lora and run.shape else parameters
-        # Weights and Adam's two moments; DeepSpeed saves its float32 copy too.
-        state = 3 * weight_bytes(run) if run.hardware.accelerate == "ddp" else 14
-        scratch = Path(tempfile.gettempdir())
-        needs[scratch] = needs.get(scratch, 0) + kept * trained * state
+    trained = memory.adapter_parameters(run.shape, run.phase.lora) if run.phase.lora and run.shape else parameters
+    # Weights and Adam's two moments; DeepSpeed saves its float32 copy too. Two are kept while a third is written.
+    state = 3 * weight_bytes(run) if run.hardware.accelerate == "ddp" else 14
+    needs[CHECKPOINTS] = 3 * trained * state
     return needs
 
 
@@ -548,7 +541,7 @@ def check_disk(run: Run) -> list[Finding]:
         free = shutil.disk_usage(folder).free
         if size > free:
             what = f"the phase writes {size / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
-            write = f"{run.key('trainer.save_total_limit')}: 1, or make room (dvc gc --workspace)"
+            write = "make room: dvc gc --workspace, and what .scratch/checkpoints has of runs that you gave up"
             found.append(error(str(folder), what, "the trained model could not be saved", write))
     return found
 

@@ -14,7 +14,7 @@ import pytest
 from tests.hub_server import HubServer
 from workflow import findings, preflight
 from workflow.findings import Finding, Run
-from workflow.launch import Hardware
+from workflow.launch import CHECKPOINTS, Hardware
 from workflow.memory import GIB
 from workflow.params import load_params
 from workflow.prepare import write_parquet
@@ -182,7 +182,7 @@ def test_defaults_are_those_of_trl(kind):
     read = findings.trainer_defaults(kind)
     assert {name: fields[name] for name in read} == read
     assert len(read) > 120
-    looked_at = {*BOTH, *(SFT if kind == "sft" else GRPO), "num_train_epochs", "eval_steps", "save_total_limit"}
+    looked_at = {*BOTH, *(SFT if kind == "sft" else GRPO), "num_train_epochs", "eval_steps"}
     assert looked_at <= set(read)
 
 
@@ -502,14 +502,11 @@ def test_the_disk(make, model_with):
 
 def test_checkpoints_need_room(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # outside of a DVC repository
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     run = make("sft", sft__cold_start__export_dtype="float32")
-    exported = findings.disk_needs(run)[run.model.parent]
-    assert set(findings.disk_needs(run)) == {run.model.parent}
-    run = make("sft", sft__cold_start__trainer__save_strategy="steps", sft__cold_start__trainer__save_steps=4)
-    assert findings.disk_needs(run)[tmp_path] == 3 * 3 * exported  # steps 4, 8 and 9: weights and two moments
-    run = make("sft", sft__cold_start__trainer__save_total_limit=1)
-    assert findings.disk_needs(run)[tmp_path] == 3 * exported
+    needs = findings.disk_needs(run)
+    assert set(needs) == {run.model.parent, CHECKPOINTS}
+    # Three checkpoints: weights and two moments.
+    assert needs[CHECKPOINTS] == 3 * 3 * needs[run.model.parent]
 
 
 def test_dvcs_cache(tmp_path, monkeypatch):
