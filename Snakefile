@@ -59,7 +59,7 @@ for ENTRY in ENTRIES:
         run:
             # The software is the locked environment that runs Snakemake itself, so no conda environment per rule.
             shell(
-                "python -m workflow.job '{wildcards.stage}' --log '{log}' --stamp '{output}' --hardware '{resources.hardware}'"
+                "python -m workflow.job {wildcards.stage:q} --log {log:q} --stamp {output:q} --hardware {resources.hardware:q}"
             )
 
 
@@ -83,5 +83,5 @@ rule results:
     localrule: True
     run:
         shell(
-            "cp data/report/report.html data/report/report.txt .scratch/results 2> '{log}'"
+            "cp data/report/report.html data/report/report.txt .scratch/results 2> {log:q}"
         )

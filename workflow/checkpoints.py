@@ -26,8 +26,8 @@ LIBRARIES = (
 )
 # Whose text decides what is learned, or what a checkpoint holds.
 MODULES: dict[Kind, tuple[str, ...]] = {
-    "sft": ("chat_template", "sft", "training"),
-    "grpo": ("chat_template", "grpo", "prompts", "rewards", "rollouts", "training", "verify"),
+    "sft": ("chat_template", "rows", "sft", "training"),
+    "grpo": ("chat_template", "grpo", "prompts", "rewards", "rollouts", "rows", "training", "verify"),
 }
 # Of the hardware file, what a training does not depend on.
 NOT_TRAINING = {"checkpoint_minutes", "generation", "memory_gib", "vllm"}
@@ -92,22 +92,27 @@ def newest(folder: Path) -> Path | None:
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, naming a file, or None."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        known = json.loads((checkpoint / MANIFEST).read_text())
+        files = {name: (of["size"], of["sha256"]) for name, of in known["files"].items()}
+        float(known["seconds"])
     except FileNotFoundError:
         return f"{MANIFEST} is missing, so it was not written to its end"
-    except (KeyError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return f"{MANIFEST} is damaged"
-    for name, known in files.items():
+    for name, (size, _) in files.items():
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != known["size"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {known['size']}"
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(_sha256, [checkpoint / name for name in files])
-        for (name, known), digest in zip(files.items(), digests, strict=True):
-            if digest != known["sha256"]:
-                return f"{name} has changed since it was written"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    try:
+        with ThreadPoolExecutor() as pool:
+            digests = pool.map(_sha256, [checkpoint / name for name in files])
+            for (name, (_, sha256)), digest in zip(files.items(), digests, strict=True):
+                if digest != sha256:
+                    return f"{name} has changed since it was written"
+    except OSError as error:  # of a disk that fails
+        return f"a file cannot be read ({error})"
     return None
 
 

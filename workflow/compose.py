@@ -11,6 +11,7 @@ from pathlib import Path
 
 from workflow import stage
 from workflow.miniature import shrink
+from workflow.params import check_recipes
 
 RECIPES = Path("recipes")
 PARAMS = Path("params.yaml")
@@ -37,6 +38,9 @@ def compose(overrides: list[str], file: Path) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+    check_recipes(RECIPES)
+    if any("oc.env" in override for override in overrides):
+        raise stage.StageError("an override reads the environment (oc.env), which none may; write the value instead")
     warnings.simplefilter("ignore")  # DVC passes Hydra an argument that will go away
     try:
         compose_and_dump(str(file), str(RECIPES.resolve()), None, "config", "", overrides)

@@ -60,8 +60,8 @@ def write(table: "pa.Table", file: Path) -> None:
     import pyarrow.parquet as pq
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    with part.open("wb") as handle:
+    part = file.with_suffix(".part")  # one name, which the next run overwrites after a kill
+    with stage.writing(part, table.nbytes), part.open("wb") as handle:
         pq.write_table(table, handle)
         handle.flush()
         os.fsync(handle.fileno())

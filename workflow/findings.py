@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -513,7 +511,7 @@ def disk_needs(run: Run) -> dict[Path, float]:
         return {}
     exported = parameters * (4 if run.phase.export_dtype == "float32" else 2)
     needs = {run.model.parent: exported}
-    cache_folder = dvc_cache()
+    cache_folder = stage.dvc_cache()
     if cache_folder is not None:
         needs[cache_folder] = exported
     trained = memory.adapter_parameters(run.shape, run.phase.lora) if run.phase.lora and run.shape else parameters
@@ -521,12 +519,6 @@ def disk_needs(run: Run) -> dict[Path, float]:
     state = 3 * weight_bytes(run) if run.hardware.accelerate == "ddp" else 14
     needs[CHECKPOINTS] = 3 * trained * state
     return needs
-
-
-def dvc_cache() -> Path | None:
-    """The folder of DVC's cache, None outside of a DVC repository."""
-    done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True)
-    return Path(done.stdout.strip()) if done.returncode == 0 else None
 
 
 def check_disk(run: Run) -> list[Finding]:

@@ -21,6 +21,10 @@ BATCH = 256  # rows of a parquet file that are in memory at a time
 ROLES = {"system": "s", "user": "u", "assistant": "a"}
 LETTERS = "ABCD"
 
+# What csv, json and pyarrow raise. From pyarrow come OSError for bytes that are no parquet, OverflowError for a date
+# or duration that Python has not, KeyError for an unknown time zone, NotImplementedError for an unknown encoding.
+UNREADABLE = (csv.Error, ValueError, RecursionError, OSError, OverflowError, KeyError, NotImplementedError)
+
 
 class Dropped(Exception):
     """This row cannot be used; the message is the reason it is counted under."""
@@ -72,7 +76,8 @@ def turns(
         raise Dropped(f"{column} {otherwise}")
     if chat and chat[0].get(role) == "system" and not chat[0].get(content):
         chat = chat[1:]
-    if not re.fullmatch(order, "".join(ROLES.get(str(turn.get(role)), "?") for turn in chat)):
+    said = [turn.get(role) for turn in chat]
+    if not re.fullmatch(order, "".join(ROLES.get(who, "?") if isinstance(who, str) else "?" for who in said)):
         raise Dropped(f"{column} {otherwise}")
     return [{"role": turn[role], "content": text(turn, content)} for turn in chat]
 
@@ -96,10 +101,12 @@ def bespoke_stratos(row: dict[str, Any]) -> Row:
     *prompt, response = chat
     parts = {}
     for part in ("thought", "solution"):
-        found = re.search(rf"<\|begin_of_{part}\|>(.*?)<\|end_of_{part}\|>", response["content"], re.DOTALL)
-        if not found or not found[1].strip():
+        # No pattern: one that looks for the end from every beginning takes hours where there are many and no end.
+        _, _, rest = response["content"].partition(f"<|begin_of_{part}|>")
+        inner, ended, _ = rest.partition(f"<|end_of_{part}|>")
+        if not ended or not inner.strip():
             raise Dropped(f"no {part} between its markers")
-        parts[part] = found[1].strip()
+        parts[part] = inner.strip()
     system = row.get("system")
     if len(prompt) == 1 and isinstance(system, str):
         prompt = ask(prompt[0]["content"], unicode(system, "system"))
@@ -120,7 +127,7 @@ def gsm8k(row: dict[str, Any]) -> Row:
     if not mark or not gold.strip() or not thought.strip():
         raise Dropped("answer has no #### number")
     number = gold.strip().replace(",", "")
-    thought = re.sub(r"<<.*?>>", "", thought).strip()
+    thought = re.sub(r"<<[^<\n]*?>>", "", thought).strip()  # no <: a megabyte of << without >> would take hours
     return Row(ask(text(row, "question")), prompts.build(thought, rf"\boxed{{{number}}}"), gold.strip())
 
 
@@ -193,8 +200,8 @@ def read_rows(folder: Path, pattern: str) -> Iterator[Any]:
     for file in files:
         try:
             yield from _rows_of(file)
-        except (ValueError, csv.Error) as error:  # of json and pyarrow too
-            reason = str(error).splitlines()[0]
+        except UNREADABLE as error:
+            reason = str(error).partition("\n")[0]
             raise stage.StageError(f"{file} cannot be read ({reason}); mend it or name other files") from None
 
 
@@ -206,11 +213,12 @@ def _rows_of(file: Path) -> Iterator[Any]:
             yield from batch.to_pylist()
         return
     if file.suffix == ".csv":
+        csv.field_size_limit(2**31 - 1)  # instead of 131,072 characters, which a long trace has
         with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
             yield from csv.DictReader(lines, strict=True)
         return
     # Only a newline ends a line: U+2028 may stand inside a text.
-    with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+    with file.open(encoding="utf-8-sig", errors="replace", newline="\n") as lines:
         if file.suffix == ".json" and lines.read(1000).lstrip().startswith("["):
             lines.seek(0)
             yield from json.load(lines)
@@ -220,7 +228,7 @@ def _rows_of(file: Path) -> Iterator[Any]:
             if line.strip():
                 try:
                     yield json.loads(line)
-                except ValueError:  # no JSON, or a number with more digits than Python reads
+                except (ValueError, RecursionError):  # no JSON, a number of too many digits, or nested too deeply
                     yield None
 
 

@@ -76,6 +76,7 @@ def main() -> None:
     os.environ.update(hardware.environment)
     os.environ["STAGE_STARTED"] = str(time.time())
     stage.stoppable(f"generate {args.model.name} {args.task}")
+    stage.alone(args.output)
     launch.drop_finished(args.model)
 
     import pyarrow as pa
@@ -131,7 +132,7 @@ def main() -> None:
         facts["tokens_per_second"] = round(sum(one["tokens"] / one["seconds"] for one in ran))
         facts["peak_memory_mib"] = max(one["peak_memory_mib"] for one in ran)
         summary += f", {facts['tokens_per_second']} tokens/s"
-    stage.record(args.log, "generate", f"{args.model.name} {args.task}", libraries, summary, **facts)
+    stage.record(args.log, "generate", f"{args.model.name} {args.task}", libraries, summary, [args.output], **facts)
     shutil.rmtree(folder)
 
 

@@ -54,7 +54,7 @@ def main() -> None:
         dataset = Dataset.from_parquet(str(args.dataset), cache_dir=os.environ.get("DATASET_CACHE", str(args.scratch)))
         if any(solution is None for solution in dataset["solution"]):
             raise stage.StageError(f"{where}.dataset has no solutions; name one whose format has them")
-        train, held_out = hold_out(dataset.select_columns(["prompt", "solution"]), phase, params.seed, where)
+        train, held_out = hold_out(dataset.select_columns(["id", "prompt", "solution"]), phase, params.seed, where)
         tokenizer = load_tokenizer(args.model)
         gate = HealthGate(where, phase)
         options = trainer_options(
@@ -78,6 +78,7 @@ def main() -> None:
             ],
             completions=completions,
         )
+        gate.trainer = trainer
         trainer.remove_callback(PrinterCallback)
         checkpoints = Checkpoints(
             f"grpo {args.phase}",
@@ -100,7 +101,8 @@ def main() -> None:
     if trainer.accelerator.is_main_process:
         reward = f"reward {facts['reward']:.3f}" if "reward" in facts else "no reward was logged"
         summary = f"{facts['steps']} steps, {reward}"
-        stage.record(args.log, "grpo", args.phase, LIBRARIES, summary, checkpoints.earlier, **facts)
+        stage.record(args.log, "grpo", args.phase, LIBRARIES, summary, [args.output], checkpoints.earlier, **facts)
+    trainer.accelerator.end_training()  # else a thread of gloo may abort this process while Python shuts down
 
 
 if __name__ == "__main__":

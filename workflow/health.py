@@ -47,7 +47,7 @@ def groups_without_signal(rewards: Sequence[float], size: int) -> float:
 
 
 def not_finite(row: dict[str, Any], scaled: bool = False) -> str | None:
-    """What is wrong with the numbers of one logged step, or None.
+    """Which number of a logged step is not finite, or None.
 
     Args:
         scaled: a step whose gradient overflows is skipped, as in float16 and by DeepSpeed, and belongs to training.
@@ -55,11 +55,7 @@ def not_finite(row: dict[str, Any], scaled: bool = False) -> str | None:
     for name in ("loss", "reward", *([] if scaled else ["grad_norm"])):
         value = row.get(name)
         if value is not None and not math.isfinite(value):
-            return (
-                f"step {row['step']}: {name} is {value}, so the weights are lost; usual causes are a learning rate "
-                "that is too high, float16, or a start model with broken weights: write a lower trainer.learning_rate "
-                "or trainer.max_grad_norm, or trainer.bf16: true"
-            )
+            return f"step {row['step']}: {name} is {value}"
     return None
 
 

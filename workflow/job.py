@@ -7,6 +7,7 @@ back to the queue and continues the stage, or begins it again where it has no ch
 """
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -19,9 +20,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
-from workflow import stage
+from workflow import locks, stage
 from workflow.pipeline import made
 
 SCRATCH = Path(".scratch")
@@ -30,6 +31,11 @@ STOPPED = os.EX_TEMPFAIL
 LOOK = 5.0  # seconds
 # A stage that is stopped more often than this is not getting anywhere: with a checkpoint each time, and without.
 MOST_STOPS, MOST_BEGINNINGS = 200, 5
+# Snakemake sets these to a rule's threads. MKL with two threads gives other last bits than with one, and takes six
+# times as long where each core has a process already. So a stage has what it has under `dvc repro`.
+THREADS = [f"{name}_NUM_THREADS" for name in ("OMP", "MKL", "OPENBLAS", "GOTO", "NUMEXPR")] + ["VECLIB_MAXIMUM_THREADS"]
+
+_lock: TextIO  # held until this process has ended
 
 
 def main() -> None:
@@ -59,14 +65,17 @@ def main() -> None:
     write_record({**known, "ended": None, "code": None})
     if earlier is not None and earlier["ended"] is None and earlier["job"] is not None:
         time.sleep(2 * LOOK)  # SLURM may have given up a node that is alive: see `follow`
-    release_locks(args.stage)
+    for said in locks.mend():
+        print(said, flush=True)
+    locks.release(args.stage)
     code, resumable = follow(args.stage, [log, args.log], known, asked)
     if not is_ours(known):
         sys.exit(f"error: {args.stage} was taken over by another attempt, see {record_file(args.stage)}")
     write_record({**known, "ended": time.time(), "code": code})
     if code == 0:
         args.stamp.parent.mkdir(parents=True, exist_ok=True)
-        args.stamp.write_text(made(args.stage))
+        with locks.repo_lock():  # another job may be writing dvc.lock
+            args.stamp.write_text(made(args.stage))
     if code == STOPPED:
         requeue(MOST_STOPS if resumable else MOST_BEGINNINGS, log)
     sys.exit(code)
@@ -106,24 +115,30 @@ def next_log(folder: Path) -> Path:
 
 
 def refuse_twice(name: str, other: dict[str, Any] | None) -> None:
-    """Raise StageError while another job runs the same stage in this checkout, on whichever node."""
-    if other is not None and other["ended"] is None and is_running(other):
-        job = f"SLURM job {other['job']}" if other["job"] else f"process {other['pid']}"
-        raise stage.StageError(f"{name} is being run by {job} on {other['node']}; wait for it, or end it first")
+    """Raise StageError while another job runs the same stage in this checkout, on whichever node; else hold its lock.
 
-
-def is_running(record: dict[str, Any]) -> bool:
-    """Whether the job or the process that wrote a record is still there; this very SLURM job, begun again, is not."""
-    if record["job"]:
+    Where the other one is a job of SLURM, SLURM is asked: the lock may be held on a node that SLURM has given up, where
+    the job is ended by `follow`. This very job, begun again, is no other one.
+    """
+    global _lock
+    file = record_file(name).with_suffix(".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _lock = file.open("w")
+    try:
+        fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = False
+    except BlockingIOError:
+        held = True
+    begun = other is not None and other["ended"] is None
+    if begun and other["job"]:
         alive = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED"}
-        return record["job"] != os.environ.get("SLURM_JOB_ID") and job_state(record["job"]) in alive
-    import psutil
-
-    if record["node"] != socket.gethostname():  # another login node, whose processes cannot be seen
-        return time.time() - record_file(record["stage"]).stat().st_mtime < 12 * LOOK
-    with suppress(psutil.NoSuchProcess):
-        return psutil.Process(record["pid"]).create_time() < record["started"]  # else the number is another's by now
-    return False
+        held = other["job"] != os.environ.get("SLURM_JOB_ID") and job_state(other["job"]) in alive
+    if held:
+        who = "another process"  # that has not noted itself yet
+        if begun:
+            number = f"SLURM job {other['job']}" if other["job"] else f"process {other['pid']}"
+            who = f"{number} on {other['node']}"
+        raise stage.StageError(f"{name} is being run by {who}; wait for it, or end it first")
 
 
 def job_state(job: str) -> str:
@@ -136,30 +151,6 @@ def job_state(job: str) -> str:
     if found.returncode and "Invalid job id" not in found.stderr:
         raise stage.StageError(f"squeue does not say what became of job {job}, try again later: {found.stderr.strip()}")
     return found.stdout.strip()
-
-
-def release_locks(name: str) -> None:
-    """Release DVC's locks of an earlier attempt that was killed.
-
-    DVC asks whether their process exists, by a number that on another node may be anybody's.
-    """
-    from dvc.fs import localfs
-    from dvc.rwlock import _edit_rwlock
-
-    folder = Path(".dvc/tmp").resolve()
-    if not (folder / "rwlock").is_file():
-        return
-
-    def ours(info: dict[str, Any]) -> bool:
-        return info["cmd"].endswith(f" --single-item {name}")
-
-    with _edit_rwlock(str(folder), localfs, False) as lock:
-        for path in [path for path, info in lock["write"].items() if ours(info)]:
-            del lock["write"][path]
-        for path, infos in list(lock["read"].items()):
-            lock["read"][path] = [info for info in infos if not ours(info)]
-            if not lock["read"][path]:
-                del lock["read"][path]
 
 
 def follow(name: str, logs: list[Path], known: dict[str, Any], asked: threading.Event) -> tuple[int, bool]:
@@ -175,15 +166,21 @@ def follow(name: str, logs: list[Path], known: dict[str, Any], asked: threading.
         0, STOPPED (75) for a stage that was stopped, or 1; and whether the stage said that it can go on.
     """
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-    # bash starts a single command in its own place, so the stage is dvc's only child.
-    environment = {**os.environ, "SHELL": "/bin/bash", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    for variable in THREADS:
+        environment.pop(variable, None)
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+
+    def shield() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        stage.die_with_parent(signal.SIGKILL)  # then its stage is asked to end, and saves what it has
+
     process = subprocess.Popen(
         command,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+        preexec_fn=shield,
     )
 
     def ask() -> None:

@@ -45,6 +45,8 @@ GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 
 
 class TokensPerDevice(Section):
+    """How many tokens of a micro-batch fit on a device."""
+
     sft: int = Field(gt=0, description="Most tokens one device takes at once, padding included.")
     grpo: int = Field(gt=0, description="Most tokens of prompts and completions one device takes at once.")
 
@@ -696,8 +698,9 @@ def drop_finished(model: Path) -> None:
     Called where it is read, so that DVC has it in its cache, or trained anew.
     """
     for run in CHECKPOINTS.glob("*.finished/run.json"):
-        if Path(json.loads(run.read_text())["output"]) == model:
-            shutil.rmtree(run.parent)
+        with suppress(FileNotFoundError):  # another stage that reads the model removes them, too
+            if Path(json.loads(run.read_text())["output"]) == model:
+                shutil.rmtree(run.parent, ignore_errors=True)
 
 
 def main() -> None:
@@ -719,6 +722,7 @@ def main() -> None:
     args, others = parser.parse_known_args()
     label = f"{args.stage} {args.phase}"
     stage.stoppable(label)
+    stage.alone(Path(args.output))
     hardware, params = load_hardware(), load_params()
     pick(getattr(params, args.stage), args.phase, args.stage)
     check_batches(params, hardware)
@@ -749,9 +753,9 @@ def main() -> None:
                 direct = [urlsplit(command.health).hostname, os.environ.get(name)]
                 os.environ[name] = ",".join(filter(None, direct))
     code = run(planned)
-    if code == 0:
-        checkpoints.finish(folder)
-    sys.exit(code)
+    if code:
+        sys.exit(code)
+    checkpoints.finish(folder)
 
 
 if __name__ == "__main__":

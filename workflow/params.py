@@ -8,12 +8,17 @@ import difflib
 import importlib.util
 from functools import cache
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", description="A name that is also a folder.")]
+Name = Annotated[
+    str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=100, description="A name that is also a folder.")
+]
 T = TypeVar("T")
+SHORT = Repr()  # of what is in a params.yaml: a few lines of YAML may stand for more text than there is memory
+SHORT.maxstring = SHORT.maxother = 200
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 # The rewards of workflow/rewards.py; `…_as_published` has the behaviour, mistakes included, of the published system.
@@ -72,10 +77,33 @@ NOT_IN_TRAINER = {
     "log_completions": "completions are always written to completions.md",
     "steps_per_generation": "rollouts are made for one optimizer step; write num_iterations to use them again",
     "auto_find_batch_size": "the hardware file divides the batch",
+    "accelerator_config": "the hardware file divides the batch, and the order of rows comes from the seed",
     "deepspeed": "the hardware file decides how the model is spread",
     "fsdp": "the hardware file decides how the model is spread",
     "hub_token": "tokens come from the environment only",
-    "push_to_hub": "nothing is published by a stage",
+    "resume_from_checkpoint": "a run that was stopped goes on by itself",
+    "save_strategy": "checkpoints are written by the hardware file's checkpoint_minutes",
+    "save_steps": "checkpoints are written by the hardware file's checkpoint_minutes",
+    "save_total_limit": "checkpoints are written by the hardware file's checkpoint_minutes, and two are kept",
+    "save_only_model": "a checkpoint holds all that a run needs to go on",
+    "ignore_data_skip": "a run that goes on begins with the row at which it was stopped",
+    "enable_jit_checkpoint": "SIGTERM writes a checkpoint by itself",
+    **dict.fromkeys(
+        [
+            *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+            *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "log_completions_hub_repo"),
+        ],
+        "nothing is published by a stage; see python -m workflow.push",
+    ),
+}
+# Of model_init_kwargs, which transformers' from_pretrained takes.
+NOT_IN_MODEL = {
+    "trust_remote_code": "code from a model repository is never run",
+    "code_revision": "code from a model repository is never run",
+    "token": "tokens come from the environment only",
+    "pretrained_model_name_or_path": "write start_from",
+    "config": "write start_from",
+    "state_dict": "write start_from",
 }
 
 
@@ -179,7 +207,11 @@ class Prepare(Section):
     """One prepared data set: rows of one raw source, or a mixture of other prepared sets, in the row schema."""
 
     source: Name | None = Field(None, description="A data set under sources.")
-    files: str = Field("*", description="Glob of the parquet, jsonl, json or csv files to read.")
+    files: str = Field(
+        "*",
+        pattern=r"^[^/]",
+        description="Glob of the parquet, jsonl, json or csv files to read.",
+    )
     format: (
         Literal["aime", "bespoke_stratos", "gpqa", "gsm8k", "math", "messages", "numina_tir", "prompt_completion"]
         | None
@@ -202,6 +234,8 @@ class Prepare(Section):
 
     @model_validator(mode="after")
     def _source_or_mixture(self) -> "Prepare":
+        if ".." in self.files.split("/"):
+            raise ValueError(f"files is {self.files!r}, which leaves the source's folder; write a glob without ..")
         if self.mixture and (self.source or self.format):
             raise ValueError("write either source and format, or mixture")
         if self.mixture and self.rows is None:
@@ -272,6 +306,7 @@ class GRPOPhase(Phase):
         description="What own rewards are made of, so that a change re-runs the phase: their .py file, or "
         "data/models/<name> of a reward model; data/check/ok.txt where there is nothing."
     )
+    reward_seconds: float = Field(600.0, gt=0, description="One call of a reward may take so long; then it all stops.")
     health: Health = Health()
 
     @model_validator(mode="after")
@@ -446,6 +481,14 @@ def _check_trainer(where: str, trainer: dict[str, Any], kind: Literal["sft", "gr
     for name, value in trainer.items():
         if name in NOT_IN_TRAINER:
             raise ValueError(f"{where}.{name} does not belong here: {NOT_IN_TRAINER[name]}")
+        if name == "train_sampling_strategy" and value == "group_by_length":
+            raise ValueError(
+                f"{where}.{name}: group_by_length draws its order from what was drawn before, so a run that goes on "
+                "from a checkpoint would meet other rows; write batch_rebalance or random"
+            )
+        if name.endswith("model_init_kwargs") and isinstance(value, dict):
+            for key in value.keys() & NOT_IN_MODEL.keys():
+                raise ValueError(f"{where}.{name}.{key} does not belong here: {NOT_IN_MODEL[key]}")
         if name not in options:
             close = difflib.get_close_matches(name, options, 3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"see trl.{kind.upper()}Config"
@@ -471,7 +514,7 @@ def one_sentence(error: ValidationError, root: type[Section]) -> str:
     if first["type"] == "value_error":
         text = str(first["ctx"]["error"])
         return text if not where or text.startswith(where.split(".")[0] + ".") else f"{where}: {text}"
-    return f"{where} is {first['input']!r}; write what fits: {first['msg'].lower()}"
+    return f"{where} is {SHORT.repr(first['input'])}; write what fits: {first['msg'].lower()}"
 
 
 def _section_at(section: Any, path: tuple[str | int, ...]) -> type[Section]:
@@ -515,11 +558,19 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 
 def check_paths(params: Params) -> None:
-    """Raise ParamsError when a path source names something that is not on disk."""
+    """Raise ParamsError when a path source names something that is not on disk, or is no file or folder."""
     for name, source in params.sources.items():
         for key, path in (("path", source.path), ("options.corpus", source.options.get("corpus"))):
-            if path is not None and not Path(path).exists():
+            if path is not None and not (Path(path).is_file() or Path(path).is_dir()):
+                what = "is no file or folder" if Path(path).exists() else "does not exist"
                 raise ParamsError(
-                    f"params.yaml: sources.{name}.{key} is {path!r}, which does not exist; write an existing "
+                    f"params.yaml: sources.{name}.{key} is {path!r}, which {what}; write an existing "
                     "file or folder (recipes that take data_dir: SET=data_dir=/folder)"
                 )
+
+
+def check_recipes(folder: Path = Path("recipes")) -> None:
+    """Raise ParamsError when a recipe reads an environment variable, a token say: it would be in params.yaml."""
+    for file in sorted(folder.rglob("*.yaml")):
+        if "oc.env" in file.read_text():
+            raise ParamsError(f"{file} reads the environment (oc.env), which no recipe may; write the value instead")

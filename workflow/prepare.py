@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH = 256  # rows in work at a time: tokenised, traces of 5,000 tokens take a megabyte each
+ENCODED = 32  # texts
 BINS = [end for k in range(4, 24) for end in (2**k, 3 * 2 ** (k - 1))]  # 16, 24, 32, 48, 64, … tokens
 LIMITS = (512, 1024, 2048, 4096, 8192, 16384, 32768)  # lengths for which the report says what they would cut
 
@@ -72,7 +73,7 @@ def convert(row: Row, system_prompt: str | None, instruction: str | None, specia
             {**message, "content": f"{message['content']}\n{instruction}"} if message["role"] == "user" else message
             for message in prompt
         ]
-    for content in (*(message["content"] for message in prompt), row.completion or ""):
+    for content in (*(message["content"] for message in prompt), row.completion or "", row.solution or ""):
         if any(token in content for token in special):
             raise Dropped("special token in the text")
     completion = [{"role": "assistant", "content": row.completion}] if row.completion else None
@@ -87,15 +88,35 @@ def unreadable_golds(rows: list[dict[str, Any]], verifier: Verifier) -> set[str]
     return {row["id"] for row, verdict in zip(golds, verdicts, strict=True) if verdict.reason != "unparsed"}
 
 
-def token_counts(rows: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[int, int]]:
-    """(prompt tokens, prompt + completion tokens) of every row, as the chat template renders them."""
+def most_characters(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> int:
+    """So many characters that no max_length tokens can stand for all of them.
+
+    The name of a byte-level token has a character per byte, and composing (NFC) makes two bytes of three characters
+    at most, so a token stands for less than twice as many characters as the longest name has.
+    """
+    return (max_length + 1) * 2 * max(len(token) for token in tokenizer.get_vocab())
+
+
+def token_counts(
+    rows: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", most: int | None = None
+) -> list[tuple[int, int]]:
+    """(prompt tokens, prompt + completion tokens) of every row, as the chat template renders them.
+
+    Args:
+        most: characters of a text that are counted, for those that are too long anyway; None counts all.
+    """
     starts = [tokenizer.apply_chat_template(r["prompt"], tokenize=False, add_generation_prompt=True) for r in rows]
     wholes = [
         tokenizer.apply_chat_template(r["prompt"] + r["completion"], tokenize=False) if r["completion"] else start
         for r, start in zip(rows, starts, strict=True)
     ]
-    encode = tokenizer(starts + wholes, add_special_tokens=False)["input_ids"] if rows else []
-    lengths = [len(ids) for ids in encode]
+    # A text of 5 MB takes 15 s and 2.6 GB, and 256 such at a time all there is.
+    texts = [text[:most] for text in starts + wholes]
+    encoded = (
+        tokenizer(texts[start : start + ENCODED], add_special_tokens=False)["input_ids"]
+        for start in range(0, len(texts), ENCODED)
+    )
+    lengths = [len(ids) for batch in encoded for ids in batch]
     return list(zip(lengths[: len(rows)], lengths[len(rows) :], strict=True))
 
 
@@ -132,7 +153,9 @@ def filter_rows(
     """
     part = Part()
     system_prompt = system_prompt if entry.system_prompt is None else entry.system_prompt or None
-    special = set(tokenizer.all_special_tokens)
+    added = tokenizer.added_tokens_decoder.values()
+    special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    most = most_characters(tokenizer, entry.max_length)
     evaluation = {task: evaluation[task] for task in entry.decontaminate}
     numbered = enumerate(read_rows(raw / entry.source, entry.files))
     while batch := list(islice(numbered, BATCH)):
@@ -155,7 +178,7 @@ def filter_rows(
         if unreadable := unreadable_golds(rows, verifier):
             part.bad["gold answer not readable"] += len(unreadable)
             rows = [row for row in rows if row["id"] not in unreadable]
-        for row, (prompt, whole) in zip(rows, token_counts(rows, tokenizer), strict=True):
+        for row, (prompt, whole) in zip(rows, token_counts(rows, tokenizer, most), strict=True):
             part.lengths.append((prompt, whole))
             if prompt > entry.max_prompt_length:
                 part.bad[f"prompt longer than {entry.max_prompt_length} tokens"] += 1
@@ -337,6 +360,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
     args = parser.parse_args()
+    stage.stoppable(f"prepare {args.name}")
+    stage.alone(args.output)
     params = load_params()
     entry = pick(params.prepare, args.name, "prepare")
 
@@ -369,6 +394,7 @@ def main() -> None:
         args.name,
         ["math-verify", "pyarrow", "transformers"],
         f"{len(rows)} of {rows_in} rows ({counts}), median {report['whole']['p50']} tokens",
+        [args.output],
         rows_in=rows_in,
         rows=len(rows),
         dropped=dict(sorted(sum((part.dropped for part in parts.values()), Counter()).items())),

@@ -573,6 +573,8 @@ def main() -> None:
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.json to write")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
+    stage.stoppable("report")
+    stage.alone(args.output)
     params = load_params()
 
     last, phases = params.generate.models[-1], trained_phases(params)
@@ -629,6 +631,7 @@ def main() -> None:
     text = "\n".join(["", tables, "", legend, "", *sentences, *taught, f"report: {page}"])
     text = text.replace(NBSP, " ").replace(MINUS, "-")
     (args.output / "report.txt").write_text(text + "\n")
+    stage.check_cache([args.output, args.metrics])
     print(text, flush=True)
 
 

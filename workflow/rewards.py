@@ -13,19 +13,25 @@ Rewards that compare LaTeX answers log shares of the batch: `verify/unparsed`, `
 
 import ast
 import difflib
+import faulthandler
 import importlib
 import importlib.util
 import inspect
 import json
 import math
 import re
+import signal
+import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from numbers import Real
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -416,45 +422,88 @@ def reward_functions(phase: GRPOPhase, verifier: Verifier, models: Path) -> list
         StageError: a reward model cannot be used as one.
     """
     check_rewards(phase)
-    return [_reward(name, phase.reward_options.get(name, {}), verifier, models) for name in phase.rewards]
+    return [_reward(name, phase, verifier, models) for name in phase.rewards]
 
 
-def _reward(name: str, options: dict[str, Any], verifier: Verifier, models: Path) -> Reward | str:
+def _reward(name: str, phase: GRPOPhase, verifier: Verifier, models: Path) -> Reward | str:
+    options = phase.reward_options.get(name, {})
     if name in FUNCTIONS:
-        return checked(name, partial(FUNCTIONS[name], verifier=verifier, **options))
+        return checked(name, partial(FUNCTIONS[name], verifier=verifier, **options), phase.reward_seconds)
     if "." in name:
         module, _, attribute = name.rpartition(".")
         try:
             function = getattr(importlib.import_module(module), attribute)
         except Exception as error:  # an own module can raise anything when it is imported
             raise ParamsError(f"rewards has {name!r}, which cannot be imported: {_cause(error)}") from error
-        return checked(name, partial(function, **options))
+        return checked(name, partial(function, **options), phase.reward_seconds)
     return _model(models / name)
 
 
-def checked(name: str, reward: Reward) -> Reward:
+class OutOfTime(BaseException):
+    """A reward has taken too long; no Exception, which an own reward may catch."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime in the `with` block after so many seconds, and again every second.
+
+    Python cannot interrupt a long operation in C, nor another thread than the main one. So after twice the time the
+    process ends with exit code 1, and where it hung is on stderr.
+    """
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise OutOfTime
+
+    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=sys.__stderr__)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
+        before = signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        if in_main_thread:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def checked(name: str, reward: Reward, seconds: float = 600.0) -> Reward:
     """The reward under its name, with whatever goes wrong in it as one sentence.
 
+    Args:
+        seconds: that one call may take.
+
     Raises:
-        StageError: when called, where the reward raises, or does not return one finite number or None per completion.
+        StageError: when called, where the reward raises, takes too long, or does not return one finite number or None
+            per completion.
     """
 
     def call(completions: list[Completion], **columns: Any) -> list[float | None]:
+        step = f" in step {columns['trainer_state'].global_step + 1}" if "trainer_state" in columns else ""
         try:
-            found = reward(completions=completions, **columns)
+            with time_limit(seconds):
+                found = reward(completions=completions, **columns)
+        except OutOfTime as error:
+            place = traceback.extract_tb(error.__traceback__)[-2]  # the last one is where it is raised
+            raise StageError(
+                f"reward {name} took more than {seconds:g} s{step}, at line {place.lineno} of {place.filename}; make "
+                "it faster, or write more reward_seconds under the phase"
+            ) from error
         except Exception as error:  # an own reward can raise anything
-            raise StageError(f"reward {name} failed: {_cause(error)}; mend it") from error
+            raise StageError(f"reward {name} failed{step}: {_cause(error)}; mend it") from error
         if not isinstance(found, list | tuple) or len(found) != len(completions):
             size = f" of {len(found)}" if isinstance(found, list | tuple) else ""
             raise StageError(
-                f"reward {name} returned a {type(found).__name__}{size} for {len(completions)} completions; "
+                f"reward {name} returned{step} a {type(found).__name__}{size} for {len(completions)} completions; "
                 "return a list with one number or None for each"
             )
         for row, value in enumerate(found):
             if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+                where = f", row {columns['id'][row]}" if "id" in columns else ""
                 raise StageError(
-                    f"reward {name} returned {value!r} for completion {row} of {len(found)}; return a finite number, "
-                    "or None where there is nothing to say"
+                    f"reward {name} returned {value!r}{step} for completion {row} of {len(found)}{where}; return a "
+                    "finite number, or None where there is nothing to say"
                 )
         return [None if value is None else float(value) for value in found]
 
@@ -520,6 +569,8 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
 def _check_own(name: str, options: dict[str, Any]) -> None:
     """Look an own reward up in the source of its module, which may import torch or start a server."""
     module, _, attribute = name.rpartition(".")
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise ParamsError(f"rewards has {name!r}, which is a part of Python and no reward; write a module of your own")
     instead = "write module.function, with the module in the current folder or installed"
     try:
         found = importlib.util.find_spec(module)  # imports the packages around the module

@@ -4,20 +4,48 @@ Imported inside grpo's main(): it needs TRL.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from datasets import Dataset
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from workflow.health import groups_without_signal
+from workflow.rows import RowNotes
 
 # As often completions are written in a run, and for so many questions each time.
 TIMES = 20
 QUESTIONS = 2
 
 
-class RolloutTrainer(GRPOTrainer):
+class EpochSampler(RepeatSampler):
+    """TRL's order of the questions in the epoch that a trainer is in.
+
+    TRL 1.16 draws one order after the other, so a run that went on from a checkpoint in the second epoch would meet the
+    first one's again. This draws as many as there were epochs.
+
+    Args:
+        trainer: whose `state.epoch` counts them.
+        like: TRL's sampler for this trainer.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, like: RepeatSampler) -> None:
+        parts = (like.mini_repeat_count, like.batch_size, like.repeat_count, like.shuffle, like.seed)
+        super().__init__(like.data_source, *parts)
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(int(self.trainer.state.epoch or 0)):
+                torch.randperm(self.num_samples, generator=self.generator)
+        yield from super().__iter__()
+
+
+class RolloutTrainer(RowNotes, GRPOTrainer):
     """GRPOTrainer that counts groups with equal rewards exactly, and writes some completions to a file.
 
     Args:
@@ -34,8 +62,12 @@ class RolloutTrainer(GRPOTrainer):
         """Whether the next step begins with new completions: those that are in use are in no checkpoint."""
         return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
 
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
+        return EpochSampler(self, super()._get_train_sampler(dataset))
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
+        output["rows"] = [row["id"] for row in inputs]
         mode, size = ("train", self.num_generations) if self.model.training else ("eval", self.num_generations_eval)
         rows = list(zip(*self._logs["rewards"].values(), strict=True))[-len(inputs) * self.accelerator.num_processes :]
         sums = [weighted_sum(row, self.reward_weights.tolist()) for row in rows]

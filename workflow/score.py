@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--verdicts", type=Path, required=True, help="parquet, one row per sample")
     parser.add_argument("--log", type=Path, required=True, help="folder for stage.json")
     args = parser.parse_args()
+    stage.stoppable(f"score {args.output.parent.name} {args.task}")
+    stage.alone(args.output)
     params = load_params()
     task = pick(params.tasks, args.task, "tasks")
 
@@ -87,7 +89,8 @@ def main() -> None:
         f"{len(questions)} questions x {task.n_samples}"
     )
     item = f"{args.output.parent.name} {args.task}"
-    stage.record(args.log, "score", item, LIBRARIES, summary, samples=len(samples))
+    outs = [args.output, args.verdicts]
+    stage.record(args.log, "score", item, LIBRARIES, summary, outs, samples=len(samples))
 
 
 # Reading
@@ -353,7 +356,9 @@ def write(
     parts = {path: path.with_name(f"{path.name}.part") for path in (verdicts, output)}
     for path in parts:
         path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), parts[verdicts])
+    table = pa.Table.from_pylist(rows)
+    with stage.writing(parts[verdicts], table.nbytes):
+        pq.write_table(table, parts[verdicts])
     parts[output].write_text(json.dumps(scores, indent=2) + "\n")
     for path, part in parts.items():
         part.replace(path)

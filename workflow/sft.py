@@ -31,9 +31,10 @@ def main() -> None:
 
     from datasets import Dataset
     from transformers import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     from workflow.launch import load_hardware
+    from workflow.rows import SFTRowTrainer
     from workflow.training import (
         Checkpoints,
         HealthGate,
@@ -49,9 +50,10 @@ def main() -> None:
     dataset = Dataset.from_parquet(str(args.dataset), cache_dir=os.environ.get("DATASET_CACHE", str(args.scratch)))
     if any(completion is None for completion in dataset["completion"]):
         raise stage.StageError(f"{where}.dataset has no completions; name one whose format has them")
-    train, held_out = hold_out(dataset.select_columns(["prompt", "completion"]), phase, params.seed, where)
+    train, held_out = hold_out(dataset.select_columns(["id", "prompt", "completion"]), phase, params.seed, where)
     options = trainer_options(params, "sft", args.phase, hardware, str(args.scratch), resumed=args.resume is not None)
-    trainer = SFTTrainer(
+    gate = HealthGate(where, phase)
+    trainer = SFTRowTrainer(
         model=str(args.model),
         args=SFTConfig(**options, report_to=report_to, run_name=run),
         train_dataset=train,
@@ -60,9 +62,10 @@ def main() -> None:
         peft_config=lora_config(phase),
         callbacks=[
             RunLog(f"sft {args.phase}", args.log, ["loss", "mean_token_accuracy"]),
-            HealthGate(where, phase),
+            gate,
         ],
     )
+    gate.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     checkpoints = Checkpoints(f"sft {args.phase}", trainer, stop, hardware.checkpoint_minutes, args.resume)
     trainer.add_callback(checkpoints)
@@ -70,7 +73,8 @@ def main() -> None:
     facts = finish(trainer, phase, args.model, args.output, args.log, checkpoints.earlier)
     if trainer.accelerator.is_main_process:
         summary = f"{facts['steps']} steps, mean loss {facts['loss']:.3f}, {facts['tokens_per_second']} tokens/s"
-        stage.record(args.log, "sft", args.phase, LIBRARIES, summary, checkpoints.earlier, **facts)
+        stage.record(args.log, "sft", args.phase, LIBRARIES, summary, [args.output], checkpoints.earlier, **facts)
+    trainer.accelerator.end_training()  # else a thread of gloo may abort this process while Python shuts down
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 BUSY = (408, 429, 500, 502, 503, 504)
 WAITS = (1, 2, 4, 8, 16)  # seconds
+LONGEST_WAIT = 300  # whatever the Hub asks for
 NETWORK = "this needs the network: where the compute nodes have none, run `dvc repro download` on one that has"
 
 
@@ -94,14 +95,25 @@ def from_path(name: str, source: Source, output: Path) -> dict[str, str]:
         StageError: it is a model without configuration, safetensors or tokenizer.
     """
     path = Path(source.path)
+    for file in path.rglob("*"):
+        if not (file.is_file() or file.is_dir()):  # a link to nothing, or a pipe, which would be read for ever
+            raise StageError(
+                f"sources.{name}: {file} is no file that can be read; remove it, or name its folder's parts"
+            )
     if source.into == "models":
         there = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
         check_model(f"sources.{name}: {path}", there, there)
         check_architecture(f"sources.{name}: {path}", path / "config.json")
-    if path.is_dir():
-        shutil.copytree(path, output, dirs_exist_ok=True)
-    else:
-        shutil.copy(path, output / path.name)
+    try:
+        if path.is_dir():
+            shutil.copytree(path, output, dirs_exist_ok=True)
+        else:
+            shutil.copy(path, output / path.name)
+    except (shutil.Error, PermissionError) as error:
+        first = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        if "No space left" in str(first):
+            raise StageError(f"sources.{name}: {path} does not fit on the disk of {output}; make room there") from error
+        raise StageError(f"sources.{name}: {path} cannot be copied ({first}); make all of it readable") from error
     return {"origin": f"path:{path.name}", "licence": source.licence}
 
 
@@ -266,6 +278,9 @@ def choose(name: str, source: Source, there: list[str]) -> list[str]:
         and Path(file).name not in NO_ROWS
     ]
     where = f"sources.{name}: {source.repo}"
+    for file in files:
+        if file.startswith("/") or ".." in file.split("/"):
+            raise StageError(f"{where} lists the file {file!r}, which leaves its folder; name another repository")
     if source.into == "models":
         check_model(where, files, there)
     elif not files:
@@ -325,13 +340,14 @@ def fetch_all(name: str, source: Source, sizes: dict[str, int], output: Path, fe
     Raises:
         StageError: there is not enough room, or transformers cannot make such a model.
     """
-    need, room = sum(sizes.values()), shutil.disk_usage(output).free
+    there = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())  # of a download that was killed
+    need, room = sum(sizes.values()) - there, shutil.disk_usage(output).free
     if need > room:
         raise StageError(
             f"sources.{name}: {source.repo} needs {need / 1e9:.2f} GB and {output} has room for {room / 1e9:.2f} GB; "
             "make room there, or clone onto a larger disk"
         )
-    progress, done = Progress(f"download {name}, MB", ceil(need / 1e6)), 0
+    progress, done = Progress(f"download {name}, MB", ceil(sum(sizes.values()) / 1e6)), 0
     for file in sorted(sizes, key=lambda file: (file != "config.json", file)):
         fetch(file)
         if source.into == "models" and file == "config.json":
@@ -359,7 +375,7 @@ def patiently(request: Callable[..., T], *args: Any, **options: Any) -> T:
             if error.response.status_code not in BUSY:
                 raise
             asked = error.response.headers.get("Retry-After", "")
-            wait = int(asked) if asked.isdigit() else wait
+            wait = min(int(asked), LONGEST_WAIT) if asked.isdigit() else wait
         print(f"the Hub is busy or the connection broke: again in {wait} s", flush=True)
         time.sleep(wait)
     return request(*args, **options)

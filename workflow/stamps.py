@@ -10,7 +10,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workflow import stage
+from workflow import locks, stage
 from workflow.pipeline import load_stages, made
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def main() -> None:
         raise stage.StageError(
             "Snakemake runs in this folder, or was killed here; wait for it, or write: snakemake --unlock"
         )
+    for said in locks.mend():
+        print(said)
     left = lay()
     done = len(list(STAMPS.iterdir()))
     print(f"stamps: {done} of {done + len(left)} stages are done; to do: {', '.join(left) or 'nothing'}")

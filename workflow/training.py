@@ -35,6 +35,7 @@ from workflow.chat_template import end_of_turn
 from workflow.health import conditions, most_reward, not_finite
 from workflow.launch import Hardware, hardware_name, hardware_options, most_per_device, processes
 from workflow.params import GRPOPhase, Params, Phase
+from workflow.rows import check_weights, guilty
 from workflow.trackers import PROJECT
 
 # They differ from run to run, so they go to stage.json and DVCLive but not into the history.
@@ -42,7 +43,13 @@ TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "step_time")
 # The last value of each goes to stage.json.
 FINAL = ("reward", "mean_token_accuracy", "eval_loss", "eval_mean_token_accuracy", "eval_reward")
 # A checkpoint has all that a run needs to go on, and the one before it is kept.
-RESUMABLE = {"save_total_limit": 2, "save_only_model": False, "ignore_data_skip": False, "enable_jit_checkpoint": False}
+RESUMABLE = {
+    "save_strategy": "no",  # by itself; `Checkpoints` does
+    "save_total_limit": 2,
+    "save_only_model": False,
+    "ignore_data_skip": False,
+    "enable_jit_checkpoint": False,
+}
 
 # Where several processes train on a CPU, transformers loads a checkpoint to `cpu:0`, a name that torch does not know.
 torch.serialization.register_package(
@@ -193,6 +200,8 @@ class HealthGate(TrainerCallback):
         where: the phase in params.yaml, e.g. `grpo.reasoning`.
     """
 
+    trainer: Trainer  # TRL's with workflow.rows.RowNotes, to which this is added
+
     def __init__(self, where: str, phase: Phase) -> None:
         self.where = where
         self.health = phase.health if isinstance(phase, GRPOPhase) else None
@@ -202,6 +211,7 @@ class HealthGate(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        check_weights(self.trainer, self.where)
         if self.health is not None and self.health.action == "warn":
             for count in range(len(state.log_history)):  # what a run said before it went on from a checkpoint
                 for name, message in conditions(self.health, state.log_history[: count + 1], self.most).items():
@@ -211,7 +221,13 @@ class HealthGate(TrainerCallback):
         # DeepSpeed skips a step whose gradient overflows, in bfloat16 too.
         wrong = not_finite(state.log_history[-1], scaled=args.fp16 or args.deepspeed_plugin is not None)
         if wrong:
-            raise stage.StageError(f"{self.where}: {wrong}")
+            raise stage.StageError(
+                f"{self.where}: {wrong}, first in {guilty(self.trainer)}, so the weights are lost; usual causes are a "
+                "learning rate that is too high, float16, or a row that is out of the ordinary: write a lower "
+                "trainer.learning_rate or trainer.max_grad_norm, or trainer.bf16: true, or drop the row"
+            )
+        if "loss" in state.log_history[-1]:
+            self.trainer.noted.clear()
         if self.health is None or self.health.action == "off":
             return
         for name, message in conditions(self.health, state.log_history, self.most).items():
@@ -282,6 +298,7 @@ class Checkpoints(TrainerCallback):
             )
         # After the last step comes the export, which takes no longer than a checkpoint.
         if (self.stopping or due) and self._can_go_on_from_here(state):
+            check_weights(self.trainer, self.label.replace(" ", "."))
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -419,7 +436,8 @@ def export(trainer: Trainer, phase: Phase, start: Path, output: Path) -> None:
     model.config.use_cache = True  # the trainers turn it off
     # ZeRO-2 copies every weight, so a tied one is no longer seen to be the same.
     weights = {name: w.to("cpu", dtype) for name, w in weights.items() if name not in model.all_tied_weights_keys}
-    model.save_pretrained(output, state_dict=weights)
+    with stage.writing(output, sum(w.nbytes for w in weights.values())):
+        model.save_pretrained(output, state_dict=weights)
     model.config.dtype = dtype  # save_pretrained writes the trainer's
     model.config.save_pretrained(output)
     tokenizer.save_pretrained(output)
