@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).parents[1]
+
+# In the environment of every command, so that tests/faults/test_secrets.py can look for them.
+CANARIES = {"HF_TOKEN": f"hf_{'Canary' * 5}HfTok", "WANDB_API_KEY": f"{'canary' * 6}wand"}
 
 TRIED: set[str] = set()  # the README's commands that a test has run
 
@@ -58,15 +63,13 @@ class Checkout:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
         environment |= {"PATH": f"{bin_folder}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
         environment |= {"COLUMNS": "250", "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.invalid"}
+        environment |= CANARIES
         environment |= {"GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.invalid"}
         return {"cwd": self.folder, "env": environment, "stderr": subprocess.STDOUT}
 
     def readme(self, start: str) -> str:
         """Run the README's command that starts with these words, word for word."""
-        found = [command for command in readme_commands() if command.startswith(start)]
-        assert found, f"the README has no command {start!r}"
-        TRIED.add(found[0])
-        return self.run(found[0])
+        return self.run(tried(start))
 
     def commit(self, message: str) -> None:
         self.run(f"git add -A && git commit -qm '{message}'")
@@ -79,6 +82,16 @@ class Checkout:
         path.write_text(content.replace(old, new))
 
 
+def locked(text: str) -> dict[str, dict[str, Any]]:
+    """The stages of a dvc.lock, without what records time: logs, and the report that shows them."""
+    stages = (yaml.safe_load(text) or {}).get("stages", {})
+    for stage in stages.values():
+        for kind in ("deps", "outs"):
+            timed = ("data/logs", "data/report", "metrics.json")
+            stage[kind] = [entry for entry in stage.get(kind, []) if not entry["path"].startswith(timed)]
+    return stages
+
+
 def commands(page: str) -> list[str]:
     """The commands in the bash blocks of a page, without their comments."""
     blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
@@ -88,3 +101,11 @@ def commands(page: str) -> list[str]:
 def readme_commands() -> list[str]:
     """The commands of the README."""
     return commands((ROOT / "README.md").read_text())
+
+
+def tried(start: str) -> str:
+    """The README's command that starts with these words; it counts as tried."""
+    found = [command for command in readme_commands() if command.startswith(start)]
+    assert found, f"the README has no command {start!r}"
+    TRIED.add(found[0])
+    return found[0]

@@ -48,7 +48,8 @@ class HubServer:
         url: what HF_ENDPOINT has to be.
         requests: (method, path, headers) of every request so far; the names of the headers in small letters.
         faults: by the end of a request's path, what goes wrong with the GETs to come, one each:
-            "cut" half of the bytes, then the connection ends; "reset" the same, but torn down; "wrong byte";
+            "cut" half of the bytes, then the connection ends; "reset" the same, but torn down; "hang" the same, and
+            then nothing until the client has gone; "wrong byte";
             "429" with a Retry-After of 1 second; "503".
         gated, private: repositories and the tokens that have access.
         readers: tokens that may not write.
@@ -309,9 +310,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if fault in ("cut", "reset"):
+        if fault in ("cut", "reset", "hang"):
             self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
             self.close_connection = True
+            if fault == "hang":
+                self.connection.recv(1)
             if fault == "reset":  # closing with unsent time 0 sends RST
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 os.close(self.connection.detach())

@@ -21,9 +21,8 @@ MACHINES = {
 def runs(trained: Checkout, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder with log/ and model/ per machine: the first steps of the SFT phase, every step logged."""
     hardware = (trained.folder / "workflow/hardware/cpu.yaml").read_text()
-    command = next(
-        line[2:] for line in trained.first_run.splitlines() if line.startswith("> python -m workflow.launch sft")
-    )
+    start = "> exec python -m workflow.launch sft"
+    command = next(line[7:] for line in trained.first_run.splitlines() if line.startswith(start))
     trained.edit("params.yaml", "logging_steps: 10", "logging_steps: 1")
     trained.edit("params.yaml", "max_steps: 60", f"max_steps: {STEPS}")
     found = {}

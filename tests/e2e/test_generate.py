@@ -33,10 +33,13 @@ TASK = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, questions, params.yaml and a hardware file with small chunks."""
+    return make_inputs(tmp_path_factory.mktemp("generate"))
+
+
+def make_inputs(folder: Path) -> Path:
+    """A model, questions, params.yaml and hardware files with small chunks."""
     from workflow.builtin import make_model
 
-    folder = tmp_path_factory.mktemp("generate")
     (folder / "model").mkdir()
     make_model(folder / "model", seed=1, system_prompt="Think.", **MODEL)
     rows = [

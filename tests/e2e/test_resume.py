@@ -35,7 +35,7 @@ SHAPE = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-TRAINER = {"learning_rate": 1e-3, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no"}
+TRAINER = {"learning_rate": 1e-3, "bf16": False, "gradient_checkpointing": False}
 PARAMS = {
     "recipe": "small",
     "seed": 42,
@@ -76,9 +76,9 @@ PARAMS = {
         "reasoning": {
             "start_from": "base",
             "dataset": "rows",
-            "held_out": 4,
+            "held_out": 32,  # an epoch has 21 steps, so a run goes on in later ones, too
             "global_batch_size": 16,
-            "rewards": {"accuracy": 1.0, "tag_count": 0.2},
+            "rewards": {"accuracy": 1.0, "cosine": 0.2},  # an untrained model earns by length
             "rewards_read": "data/check/ok.txt",
             "export_dtype": "float32",
             # Completions are used for three steps, so a run can go on from every third only.
@@ -107,10 +107,13 @@ COSTS = {"seconds", "train_seconds", "tokens_per_second", "peak_memory_mib", "su
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, rows, params.yaml, and hardware files that write checkpoints often or seldom."""
-    folder = tmp_path_factory.mktemp("inputs")
+    return make_inputs(tmp_path_factory.mktemp("inputs"), SHAPE)
+
+
+def make_inputs(folder: Path, shape: dict[str, int]) -> Path:
+    """A model, rows, params.yaml, and hardware files that write checkpoints often or seldom."""
     (folder / "model").mkdir()
-    make_model(folder / "model", seed=1, system_prompt="Think.", **SHAPE)
+    make_model(folder / "model", seed=1, system_prompt="Think.", **shape)
     rng = random.Random(1)
     rows = []
     for number in range(60):
@@ -137,19 +140,24 @@ def start(inputs: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts a stage in a folder; kills what is left of it at the end."""
     started: list[subprocess.Popen[str]] = []
 
-    def begin(kind: str, folder: Path, hardware: str = "seldom") -> subprocess.Popen[str]:
-        shutil.copy(inputs / "params.yaml", folder / "params.yaml")
-        command = [sys.executable, "-m", "workflow.launch", kind, NAMES[kind], "--model", str(inputs / "model")]
-        command += ["--dataset", str(inputs / "rows.parquet"), "--output", f"models/{NAMES[kind]}", "--log", "log"]
-        environment = os.environ | {"HARDWARE": str(inputs / f"{hardware}.yaml"), "CI": "1"}
-        environment |= {"PYTHONPATH": str(launch.HERE.parent), "HF_TOKEN": "hf_secret"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+    def begun(kind: str, folder: Path, hardware: str = "seldom") -> subprocess.Popen[str]:
+        started.append(begin(inputs, kind, folder, hardware))
         return started[-1]
 
-    yield begin
+    yield begun
     for process in started:
         process.kill()
+
+
+def begin(inputs: Path, kind: str, folder: Path, hardware: str = "seldom") -> subprocess.Popen[str]:
+    """Start a stage in a folder."""
+    shutil.copy(inputs / "params.yaml", folder / "params.yaml")
+    command = [sys.executable, "-m", "workflow.launch", kind, NAMES[kind], "--model", str(inputs / "model")]
+    command += ["--dataset", str(inputs / "rows.parquet"), "--output", f"models/{NAMES[kind]}", "--log", "log"]
+    environment = os.environ | {"HARDWARE": str(inputs / f"{hardware}.yaml"), "CI": "1"}
+    environment |= {"PYTHONPATH": str(launch.HERE.parent), "HF_TOKEN": "hf_secret"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
 
 def sealed(folder: Path) -> list[Path]:
@@ -272,6 +280,8 @@ def test_whatever_happens_the_result_is_the_same(
     ]
     assert f"going on at step {step(before) + 1} of {steps}\n" in output and step(before) > at
     same(folder, whole, kind)
+    rows = list(csv.DictReader((whole / "log/history.csv").open()))
+    assert any(float(row["grad_norm"] or 0) > 0 for row in rows[len(rows) // 2 :]), "nothing was learned"
 
     # It is killed before DVC has its model, which costs a few steps; the next stage removes what was kept for that.
     (kept,) = sealed(folder)

@@ -35,9 +35,9 @@ def body(entry: str) -> dict[str, Any]:
 def modules(entry: str) -> list[str]:
     """The modules whose main() the entry runs: the cmd's, and the one that launch starts."""
     words = body(entry)["cmd"].split()
-    assert words[:2] == ["python", "-m"]
-    first = words[2].removeprefix("workflow.")
-    return [first, words[3]] if first == "launch" else [first]
+    assert words[:3] == ["exec", "python", "-m"]
+    first = words[3].removeprefix("workflow.")
+    return [first, words[4]] if first == "launch" else [first]
 
 
 @cache
@@ -150,7 +150,7 @@ def test_one_plain_command(entry):
     command = body(entry)["cmd"]
     assert isinstance(command, str) and command == " ".join(command.split())
     assert not re.search(r"[|<>;&`\\\n]|\$\(", command)
-    assert command.count("python") == 1 and command.startswith("python -m workflow.")
+    assert command.count("python") == 1 and command.startswith("exec python -m workflow.")
 
 
 @pytest.mark.parametrize("name", STAGES)

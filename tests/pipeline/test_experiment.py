@@ -27,14 +27,14 @@ PIPELINE = {
         "train": {
             "foreach": "${grpo}",
             "do": {
-                "cmd": "python stages.py train",
+                "cmd": "exec python stages.py train",
                 "deps": ["stages.py"],
                 "params": ["seed", "grpo.${key}"],
                 "outs": ["data/train"],
             },
         },
         "report": {
-            "cmd": "python stages.py report",
+            "cmd": "exec python stages.py report",
             "deps": ["data/train"],
             "metrics": ["metrics.json"],
             "outs": ["data/report"],
@@ -96,7 +96,7 @@ def shown(main: Checkout) -> dict[str, dict[str, str]]:
     return {row["Experiment"] or row["rev"]: row for row in csv.DictReader(io.StringIO(main.run("dvc exp show --csv")))}
 
 
-def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it took too long"
@@ -267,7 +267,7 @@ def test_a_stage_that_fails_and_is_mended_in_the_clone(main):
     assert "bad" not in shown(main)
     assert re.search(r"bad +failed +0/2 .* seed=666", main.run(f"{RUN} list"))
     status = main.run(f"{RUN} status bad")
-    assert re.search(r"train@reasoning +failed +1 .*failed to run: python stages.py train, exited with 1", status)
+    assert re.search(r"train@reasoning +failed +1 .*failed to run: exec python stages.py train, exited with 1", status)
     assert re.search(r"report +waiting\n", status)
 
     # What the checkout changes does not reach the clone, a change in the clone does.
@@ -403,7 +403,7 @@ def test_interrupting_the_follower_leaves_the_driver(main):
     assert follower.stdout is not None and follower.stdout.readline().startswith("followed: ")
     assert "Stage 'train@reasoning' is cached" in follower.stdout.readline()
     follower.send_signal(signal.SIGINT)
-    rest, _ = follower.communicate(timeout=30)
+    rest, _ = follower.communicate(timeout=300)
     assert follower.returncode == 130
     assert "followed goes on without you; follow it with: tail -f .scratch/experiments/followed/.scratch/" in rest
     log = folder(main, "followed") / ".scratch/driver.log"

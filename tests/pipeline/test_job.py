@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STAGES = """
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 
 def stop(*_):
@@ -28,25 +29,27 @@ else:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 if name == "wrong":
     sys.exit("error: this never works")
-print("begun", flush=True)
+print("begun", *(variable for variable in os.environ if variable.endswith("_NUM_THREADS")), flush=True)
 if not Path("checkpoint").exists() and name != "quick":
     time.sleep(60)
 Path(name).write_text("made")
 """
+NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 NAMES = ("quick", "wrong", "resumable", "helpless")
 
 
 @pytest.fixture
 def repo(tmp_path: Path, environment: dict[str, str]) -> Path:
-    subprocess.run("git init -q && dvc init -q", shell=True, cwd=tmp_path, env=environment, check=True)
+    for tool in ("git", "dvc"):
+        subprocess.run([tool, "init", "-q"], cwd=tmp_path, env=environment, check=True)
     (tmp_path / "run.py").write_text(STAGES)
-    stages = "".join(f"  {name}:\n    cmd: python run.py {name}\n    outs: [{name}]\n" for name in NAMES)
+    stages = "".join(f"  {name}:\n    cmd: exec python run.py {name}\n    outs: [{name}]\n" for name in NAMES)
     (tmp_path / "dvc.yaml").write_text(f"stages:\n{stages}")
     return tmp_path
 
 
-def start(repo: Path, environment: dict[str, str], name: str) -> subprocess.Popen[str]:
-    command = ["python", "-m", "workflow.job", name, "--log", f".scratch/logs/{name}.log"]
+def start(repo: Path, environment: dict[str, str], name: str, where: Sequence[str] = ()) -> subprocess.Popen[str]:
+    command = [*where, "python", "-m", "workflow.job", name, "--log", f".scratch/logs/{name}.log"]
     command += ["--stamp", f".scratch/stamps/{name}"]
     environment = {**environment, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -87,6 +90,17 @@ def test_a_job_leaves_stamp_log_and_record(repo: Path, environment: dict[str, st
     assert noted["started"] < noted["ended"]
 
 
+def test_a_stage_has_the_threads_of_dvc_repro(repo: Path, environment: dict[str, str]) -> None:
+    """Snakemake sets the number of threads of linear algebra for what it starts, on which results depend."""
+    command = "env > before; python -m workflow.job quick --log quick.log --stamp {output}"
+    (repo / "Snakefile").write_text(f"rule:\n    output: 'stamp'\n    threads: 2\n    shell: '{command}'\n")
+    known = {**environment, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["snakemake", "--cores", "2"], cwd=repo, env=known, text=True, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert "OMP_NUM_THREADS=2\n" in (repo / "before").read_text()
+    assert "\nbegun\n" in (repo / "quick.log").read_text()
+
+
 def test_each_attempt_has_a_log(repo: Path, environment: dict[str, str]) -> None:
     for attempt in (1, 2):
         job = start(repo, environment, "wrong")
@@ -105,12 +119,12 @@ def test_a_stage_with_a_checkpoint_ends_with_75_and_goes_on(repo: Path, environm
     (dvc,) = children(job.pid)
     for pid in (job.pid, dvc, *children(dvc)):
         os.kill(pid, signal.SIGTERM)
-    said, _ = job.communicate(timeout=30)
+    said, _ = job.communicate(timeout=300)
     assert job.returncode == 75, said
     assert record(repo, "resumable")["code"] == 75
     assert (repo / "checkpoint").exists() and not (repo / "resumable").exists()
     again = start(repo, environment, "resumable")
-    said, _ = again.communicate(timeout=30)
+    said, _ = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert record(repo, "resumable")["attempt"] == 2
 
@@ -121,7 +135,7 @@ def test_a_signal_before_the_stage_has_begun_is_not_lost(repo: Path, environment
         time.sleep(0.01)
     time.sleep(0.2)  # dvc is being imported
     job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=30)
+    job.communicate(timeout=300)
     assert job.returncode == 75
     assert not (repo / "resumable").exists()
 
@@ -131,21 +145,25 @@ def test_a_stage_without_a_checkpoint_is_not_left_running(repo: Path, environmen
     wait_until_begun(repo, "helpless")
     (stage,) = children(children(job.pid)[0])
     job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=30)
+    job.communicate(timeout=300)
     assert job.returncode == 75
     assert is_gone(stage)
 
 
-def test_no_stage_is_run_twice_at_once(repo: Path, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("where", [[], NAMESPACE])
+def test_no_stage_is_run_twice_at_once(where: list[str], repo: Path, environment: dict[str, str]) -> None:
+    """Nor from another container, where the number of the first process means nothing."""
+    if where and subprocess.run([*where, "true"], capture_output=True).returncode:
+        pytest.skip("this machine does not permit process namespaces (unshare --pid)")
     first = start(repo, environment, "resumable")
     wait_until_begun(repo, "resumable")
-    second = start(repo, environment, "resumable")
-    said, _ = second.communicate(timeout=30)
+    second = start(repo, environment, "resumable", where)
+    said, _ = second.communicate(timeout=300)
     assert second.returncode == 1
     assert said.startswith(f"error: resumable is being run by process {first.pid} on ")
     assert record(repo, "resumable")["pid"] == first.pid
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=30)
+    first.communicate(timeout=300)
     assert first.returncode == 75
 
 
@@ -162,7 +180,7 @@ def test_what_a_killed_job_had_locked_is_free(repo: Path, environment: dict[str,
     locks.write_text(locks.read_text().replace(f'"pid": {dvc}', '"pid": 1'))
     (repo / "checkpoint").write_text("half")
     again = start(repo, environment, "resumable")
-    said, _ = again.communicate(timeout=30)
+    said, _ = again.communicate(timeout=300)
     assert again.returncode == 0, said
 
 
@@ -173,7 +191,7 @@ def test_an_attempt_that_was_taken_over_ends(repo: Path, environment: dict[str, 
     (stage,) = children(children(first.pid)[0])
     later = {**record(repo, "resumable"), "node": "elsewhere", "attempt": 2}
     (repo / ".scratch/jobs/resumable.json").write_text(json.dumps(later))
-    said, _ = first.communicate(timeout=30)
+    said, _ = first.communicate(timeout=300)
     assert first.returncode == 1
     assert said.splitlines()[-1].startswith("error: resumable was taken over by another attempt")
     assert is_gone(stage)

@@ -1,4 +1,4 @@
-"""requirements/*.txt are complete, plain, agree with pyproject.toml and are what is installed."""
+"""requirements/*.txt are complete, plain, have checksums, agree with pyproject.toml and are what is installed."""
 
 import re
 import shutil
@@ -19,12 +19,16 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 UNWANTED = {"torchaudio", "torchcodec", "torchvision"}
 
 
-def lines(lock: str) -> list[str]:
-    return (ROOT / f"requirements/{lock}.txt").read_text().splitlines()
+def entries(lock: str) -> list[str]:
+    """One string for each package of a file of `requirements`: version and checksums."""
+    text = (ROOT / f"requirements/{lock}.txt").read_text()
+    return re.sub(r" \\\n {4}", " ", text).splitlines()
 
 
 def pins(lock: str) -> dict[str, str]:
-    found = dict(line.split("==") for line in lines(lock))
+    """Versions by name, with the torch that `make install` takes for CPUs."""
+    taken = entries(lock) + (entries("cpu.override")[-1:] if lock == "cpu" else [])
+    found = dict(entry.split(" ")[0].split("==") for entry in taken)
     assert len(found) > 200
     return found
 
@@ -36,13 +40,16 @@ def declared() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_every_line_is_one_version_and_nothing_else(lock):
+def test_every_entry_is_one_version_with_its_checksums_and_nothing_else(lock):
     """No address of an index, no option: they are of the machine that installs."""
-    wrong = [line for line in lines(lock) if not re.fullmatch(r"[a-z0-9][a-z0-9-]*==[0-9][A-Za-z0-9.+]*", line)]
-    assert wrong == []
-    names = [line.split("==")[0] for line in lines(lock)]
+    pattern = r"[a-z0-9][a-z0-9-]*==[0-9][A-Za-z0-9.+]*( --hash=sha256:[0-9a-f]{64})+"
+    assert [entry for entry in entries(lock) if not re.fullmatch(pattern, entry)] == []
+    names = [entry.split("==")[0] for entry in entries(lock)]
     assert names == sorted(set(names))
     assert all(name == canonicalize_name(name) for name in names)
+    for entry in entries(lock):
+        _, *checksums = entry.split(" ")
+        assert checksums == sorted(set(checksums))
 
 
 @pytest.mark.parametrize("lock", LOCKS)
@@ -68,9 +75,12 @@ def test_nothing_that_breaks_the_cpu_torch():
     assert not UNWANTED & set(pins("cpu"))
 
 
-def test_the_override_is_the_locked_torch():
-    override = [line for line in lines("cpu.override") if not line.startswith("#")]
-    assert override == [f"torch=={pins('cpu')['torch']}"]
+def test_the_override_is_the_asked_for_torch_as_two_wheels():
+    """It has the checksums of x86_64 and aarch64, and stands in no other file: most indexes do not have it."""
+    (torch,) = [entry for entry in entries("cpu.override") if not entry.startswith("#")]
+    (asked,) = {requirement for _, requirement in declared() if requirement.startswith("torch==")}
+    assert re.fullmatch(re.escape(f"{asked}+cpu") + r"( --hash=sha256:[0-9a-f]{64}){2}", torch)
+    assert not any(entry.startswith("torch==") for entry in entries("cpu"))
 
 
 def test_the_two_locks_differ_only_where_hardware_does():

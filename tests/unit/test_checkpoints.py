@@ -48,6 +48,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "manifest.json is missing, so it was not written to its end",
     ),
     "cut": (lambda checkpoint: (checkpoint / MANIFEST).write_text('{"files": {'), "manifest.json is damaged"),
+    "no list": (lambda checkpoint: (checkpoint / MANIFEST).write_text("[]"), "manifest.json is damaged"),
     "other": (lambda checkpoint: (checkpoint / MANIFEST).write_text("{}"), "manifest.json is damaged"),
 }
 
@@ -62,6 +63,14 @@ def test_a_sealed_checkpoint_is_whole(folder: Path, capsys: pytest.CaptureFixtur
     seal(folder / "checkpoint-20", 5)
     assert fault(folder / "checkpoint-20") is None
     assert capsys.readouterr().out == ""
+
+
+def test_a_disk_that_fails_is_a_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(file: Path) -> str:
+        raise OSError(5, "Input/output error", str(file))
+
+    monkeypatch.setattr(checkpoints, "_sha256", fails)
+    assert "a file cannot be read ([Errno 5] Input/output error: " in (fault(folder / "checkpoint-20") or "")
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

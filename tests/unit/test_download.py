@@ -215,7 +215,7 @@ def test_a_hub_whose_xet_storage_fails(download, hub, repos):
     done = download("problems")
     assert "tiny/problems could not be got from Xet storage (" in done.error and "HF_HUB_DISABLE_XET=1" in done.error
     assert [path for _, path, _ in hub.requests if "/reconstructions/" in path]
-    shutil.rmtree(done.folder)
+    assert not done.folder.exists()
     assert_same(download("problems", env={"HF_HUB_DISABLE_XET": "1"}), repos / "datasets/tiny/problems")
 
 
@@ -258,7 +258,6 @@ def test_a_repository_that_does_not_exist(token, advice, download, hub):
     done = download("problems", token=token, repo="tiny/problem", revision="0" * 40)
     assert f"there is no dataset tiny/problem on {hub.url}" in done.error and advice in done.error
     hub.private["tiny/problems"] = {"hf_mine"}
-    shutil.rmtree(done.folder)
     done = download("problems", token=token)
     assert "there is no dataset tiny/problems" in done.error and advice in done.error
     assert_nothing_came(done, hub)

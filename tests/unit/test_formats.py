@@ -328,6 +328,44 @@ def test_a_number_too_long_to_read_is_one_bad_row(tmp_path):
     assert list(read_rows(tmp_path, "*")) == [None, ROWS[0]]
 
 
+def test_json_nested_too_deeply_is_one_bad_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[" * 5000 + "]" * 5000 + "\n" + json.dumps(ROWS[0]))
+    assert list(read_rows(tmp_path, "*")) == [None, ROWS[0]]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_byte_order_mark_costs_no_row(tmp_path, name):
+    content = json.dumps(ROWS) if name == "a.json" else "\n".join(map(json.dumps, ROWS))
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert list(read_rows(tmp_path, "*")) == ROWS
+
+
+def test_a_long_trace_in_a_csv(tmp_path):
+    (tmp_path / "a.csv").write_text("problem\n" + "x" * 200_000)
+    assert list(read_rows(tmp_path, "*")) == [{"problem": "x" * 200_000}]
+
+
+def test_markers_without_end_take_no_time():
+    turns = [{"from": "user", "value": "q"}, {"from": "assistant", "value": "<|begin_of_thought|>" * 100_000}]
+    with pytest.raises(Dropped, match="no thought between its markers"):
+        read({"conversations": turns}, "bespoke_stratos")
+    assert read({"question": "q", "answer": "<" * 1_000_000 + "a<<1+1=2>>2\n#### 2"}, "gsm8k").solution == "2"
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([2**31 - 1], pa.date32()),
+        pa.array([2**63 - 1], pa.duration("s")),
+        pa.array([1], pa.timestamp("s", "No/Zone")),
+    ],
+)
+def test_times_that_python_has_not_are_one_sentence(tmp_path, column):
+    pq.write_table(pa.table({"when": column}), tmp_path / "a.parquet")
+    with pytest.raises(StageError, match=r"a\.parquet cannot be read \([^\n]+\); mend it"):
+        list(read_rows(tmp_path, "*"))
+
+
 TABLE = [{"Question": 'Which "one",\nor two?', "Correct Answer": "µ"}, {"Question": "x\r\ny", "Correct Answer": "2"}]
 
 

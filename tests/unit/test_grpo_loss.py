@@ -126,7 +126,9 @@ def train(model: Path, folder: Path, **options: Any) -> list[Step]:
             save_strategy="no",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in questions]}),
+        train_dataset=Dataset.from_dict(
+            {"id": questions, "prompt": [[{"role": "user", "content": text}] for text in questions]}
+        ),
         processing_class=load_tokenizer(model),
         callbacks=[gradients],
         completions=folder / "completions.md",

@@ -14,7 +14,7 @@ from workflow.params import NOT_IN_TRAINER, ParamsError, check_paths, load_param
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(file.stem for file in (ROOT / "workflow").glob("*.py") if file.stem != "__init__")
 # Imported by the stages inside main() only.
-HEAVY = {"rollouts", "tasks", "training"}
+HEAVY = {"rollouts", "rows", "tasks", "training"}
 COMMANDS = [name for name in MODULES if "ArgumentParser(" in (ROOT / f"workflow/{name}.py").read_text()]
 FRAMEWORKS = ("datasets", "deepspeed", "lighteval", "torch", "transformers", "trl", "vllm")
 
@@ -235,6 +235,15 @@ def test_options_that_are_set_elsewhere(sound, write_params, kind, option):
     assert message(write_params(sound)) == (
         f"{kind}.{phase}.trainer.{option} does not belong here: {NOT_IN_TRAINER[option]}"
     )
+
+
+def test_an_order_of_rows_that_a_checkpoint_does_not_hold(sound, write_params):
+    sound["sft"]["cold_start"]["trainer"]["train_sampling_strategy"] = "group_by_length"
+    said = message(write_params(sound))
+    assert said.startswith("sft.cold_start.trainer.train_sampling_strategy: group_by_length draws its order")
+    assert said.endswith("write batch_rebalance or random")
+    sound["sft"]["cold_start"]["trainer"]["train_sampling_strategy"] = "batch_rebalance"
+    load_params(write_params(sound))
 
 
 def test_what_the_trainers_are_always_given_is_refused_in_a_recipe():

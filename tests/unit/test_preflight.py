@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.hub_server import HubServer
-from workflow import findings, preflight
+from workflow import findings, preflight, stage
 from workflow.findings import Finding, Run
 from workflow.launch import CHECKPOINTS, Hardware
 from workflow.memory import GIB
@@ -32,7 +32,6 @@ BOTH = {
     "max_grad_norm": 1.0,
     "bf16": False,
     "max_steps": 9,
-    "save_strategy": "no",
     "gradient_checkpointing": False,
 }
 SFT = {"max_length": 200, "packing": False, "completion_only_loss": True}
@@ -511,9 +510,9 @@ def test_checkpoints_need_room(make, tmp_path, monkeypatch):
 
 def test_dvcs_cache(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert findings.dvc_cache() is None
+    assert stage.dvc_cache() is None
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
-    assert findings.dvc_cache() == tmp_path / ".dvc/cache"
+    assert stage.dvc_cache() == tmp_path / ".dvc/cache"
 
 
 # Data, options and rewards

@@ -1,13 +1,26 @@
 import json
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from workflow.formats import Dropped, Row, ask, read
 from workflow.params import Prepare
-from workflow.prepare import LIMITS, Part, check_kept, convert, draw, length_report, mix, shares, within
+from workflow.prepare import (
+    LIMITS,
+    Part,
+    check_kept,
+    convert,
+    draw,
+    length_report,
+    mix,
+    most_characters,
+    shares,
+    token_counts,
+    within,
+)
 from workflow.prompts import build
 from workflow.stage import StageError
 
@@ -45,6 +58,7 @@ def rows(name: str, number: int, completion: bool = True, solution: bool = False
         ("bespoke_stratos", stratos(thought="a {} b")),
         ("prompt_completion", {"prompt": [{"role": "user", "content": "{}"}], "completion": "c"}),
         ("prompt_completion", {"prompt": "p", "completion": "{}"}),
+        ("numina_tir", {"problem": "p", "solution": "{}2"}),
     ],
 )
 def test_special_tokens_are_not_text(form, raw, token):
@@ -221,3 +235,40 @@ def test_the_last_bin_holds_the_longest_row(length, last):
     histogram = length_report([(1, length)], 60, 200)["histogram"]
     assert histogram[-1] == {"up_to": last, "prompt": int(last == 16), "whole": 1}
     assert sum(row["prompt"] for row in histogram) == 1
+
+
+def test_only_what_is_too_long_is_cut_before_it_is_counted(tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rng, limit = random.Random(3), 50
+    words = [
+        "what is ",
+        "123",
+        " ",
+        "\n\n",
+        "\\frac{1}{2}",
+        "e\u0301",
+        "\u1e9b\u0323",
+        "ﷺ",
+        "数",
+        "🏳️‍🌈",
+        "\u0344",
+        "the",
+    ]
+    made = [
+        {
+            "prompt": [{"role": "user", "content": "".join(rng.choices(words, k=rng.randint(0, 30)))}],
+            "completion": rng.choice(
+                [None, [{"role": "assistant", "content": rng.choice(words) * rng.randint(1, 3000)}]]
+            ),
+        }
+        for _ in range(200)
+    ]
+    whole = token_counts(made, tokenizer)
+    most = most_characters(tokenizer, limit)
+    cut = token_counts(made, tokenizer, most)
+    assert [count > limit for pair in whole for count in pair] == [count > limit for pair in cut for count in pair]
+    assert all(one == other for one, other in zip(whole, cut, strict=True) if one[1] <= limit)
+    assert 20 < sum(one[1] > limit for one in whole) < 190
+    assert sum(one[1] > other[1] for one, other in zip(whole, cut, strict=True)) > 20

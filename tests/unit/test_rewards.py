@@ -1,12 +1,16 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -806,3 +810,43 @@ def test_dry_run_of_gsm8k(verifier):
     names = ["accuracy", "correctness", "correctness_as_published", "int", "strict_format", "soft_format"]
     for one in rewards.dry_run(phase(names), golds, verifier):
         assert (one.mean, one.unreadable) == (one.maximum, 0), one
+
+
+# Time
+
+
+def test_a_call_off_the_main_thread_is_bounded_and_judged(verifier):
+    """Where no signal reaches it: math-verify's own time limits, which are alarms, would not work there."""
+    bomb = [[{"role": "assistant", "content": r"\boxed{1E99999999}"}]] * 2
+    found: list[Any] = []
+    reward = rewards.checked("accuracy", partial(rewards.accuracy, verifier=verifier), 60.0)
+    thread = threading.Thread(target=lambda: found.append(reward(bomb, solution=["$7$", "$8$"])))
+    before = signal.getsignal(signal.SIGALRM)
+    thread.start()
+    thread.join(60)
+    assert found == [[0.0, 0.0]]
+    assert signal.getsignal(signal.SIGALRM) == before
+
+
+def test_a_reward_that_catches_everything_is_ended_all_the_same():
+    def stubborn(completions, **_):
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:
+                continue
+
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(
+        StageError, match=r"reward own took more than 0\.2 s, at line \d+ of .*test_rewards\.py; make it"
+    ):
+        rewards.checked("own", stubborn, 0.2)([])
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_reward_that_takes_all_memory_is_one_sentence():
+    with pytest.raises(
+        StageError, match=r"reward own failed: MemoryError \(\) in line \d+ of .*test_rewards\.py; mend it"
+    ):
+        rewards.checked("own", lambda completions, **_: bytearray(2**46))([])

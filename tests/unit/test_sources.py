@@ -133,6 +133,15 @@ def test_room_is_looked_at_first(tmp_path):
     assert fetched == ["a.parquet", "b.parquet"]
 
 
+def test_what_a_killed_download_has_needs_no_room(tmp_path):
+    size = shutil.disk_usage(tmp_path).free + 10**9
+    with (tmp_path / "a.parquet").open("wb") as there:
+        there.truncate(size)  # takes no room either
+    fetched = []
+    sources.fetch_all("x", hub("raw"), {"a.parquet": size}, tmp_path, fetched.append)
+    assert fetched == ["a.parquet"]
+
+
 def answer(status: int, **headers: str) -> HfHubHTTPError:
     request = httpx.Request("GET", "http://127.0.0.1")
     return HfHubHTTPError("…", response=httpx.Response(status, headers=headers, request=request))
@@ -176,14 +185,19 @@ def test_lasting_failures_are_not(raised):
 def test_retry_after_is_how_long_it_waits(monkeypatch, capsys):
     waited: list[float] = []
     monkeypatch.setattr(sources.time, "sleep", waited.append)
-    failures = [answer(429, **{"Retry-After": "37"}), answer(429, **{"Retry-After": "tomorrow"}), answer(500)]
+    failures = [
+        answer(429, **{"Retry-After": "37"}),
+        answer(429, **{"Retry-After": "tomorrow"}),
+        answer(500),
+        answer(429, **{"Retry-After": "86400"}),
+    ]
 
     def request() -> None:
         if failures:
             raise failures.pop(0)
 
     sources.patiently(request)
-    assert waited == [37, 2, 4]
+    assert waited == [37, 2, 4, sources.LONGEST_WAIT]
     assert capsys.readouterr().out.splitlines()[0] == "the Hub is busy or the connection broke: again in 37 s"
 
 

@@ -1,7 +1,9 @@
+import errno
 import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +11,14 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import pytest
 
 from workflow import stage
 
 
 def record(folder: Path, **facts: object) -> dict[str, object]:
-    stage.record(folder / "logs", "sft", "cold_start", ["pytest"], "9 rows", **facts)
+    stage.record(folder / "logs", "sft", "cold_start", ["pytest"], "9 rows", [], **facts)
     return json.loads((folder / "logs/stage.json").read_text())
 
 
@@ -55,13 +58,13 @@ def test_time_of_earlier_runs_counts(tmp_path, monkeypatch):
 def test_time_counts_from_the_start_of_the_process(tmp_path, environment):
     code = (
         "import time; time.sleep(1); from pathlib import Path; from workflow import stage; "
-        f"stage.record(Path({str(tmp_path)!r}), 'a', 'b', [], 'c')"
+        f"stage.record(Path({str(tmp_path)!r}), 'a', 'b', [], 'c', [])"
     )
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
     assert 1 <= json.loads((tmp_path / "stage.json").read_text())["seconds"] < 30
 
 
-def run(raised: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run(raised: str, environment: dict[str, str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     code = f"""
 from workflow import stage
 from workflow.params import ParamsError
@@ -70,7 +73,7 @@ def main():
     {raised}
 stage.run(main)
 """
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("error", ["ParamsError", "stage.StageError"])
@@ -85,9 +88,155 @@ def test_success_says_nothing(environment):
 
 
 @pytest.mark.parametrize("error", ["KeyError('a')", "ValueError('a')", "RuntimeError('a')"])
-def test_anything_else_keeps_its_traceback(error, environment):
-    done = run(f"raise {error}", environment)
-    assert done.returncode == 1 and "Traceback" in done.stderr and error.split("(")[0] in done.stderr
+def test_anything_else_is_one_sentence_and_a_traceback_in_a_file(error, environment, tmp_path):
+    done = run(f"raise {error}", environment, tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.match(rf"error: -c failed in line 6 of .* \({error.split('(')[0]}: '?a'?\); ", line), line
+    file = tmp_path / line.split(" report it with ")[1]
+    assert file.read_text().startswith("Traceback") and error.split("(")[0] in file.read_text()
+
+
+def test_without_room_for_the_traceback_it_is_printed(environment, tmp_path):
+    (tmp_path / ".scratch").write_text("no folder")
+    done = run("raise KeyError('a')", environment, tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("error: -c failed in line 6")
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "raise OSError(errno.ENOSPC, 'No space left on device', 'a')",
+        "raise RuntimeError('I/O error: No space left on device (os error 28)')",
+        "raise ValueError('a') from OSError(errno.EDQUOT, 'Disk quota exceeded')",
+    ],
+)
+def test_a_full_disk_is_one_sentence(raised, environment, tmp_path):
+    done = run(f"import errno; {raised}", environment, tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: -c: no space is left on a disk; make room, and start it again (")
+
+
+def test_what_does_not_fit_is_removed_and_named_with_its_size(tmp_path):
+    part = tmp_path / "samples.part"
+    with pytest.raises(stage.StageError) as raised, stage.writing(part, 12_300_000):
+        part.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert re.match(rf"{part} needs 12\.3 MB and its disk had [\d,.]+ MB; make room there", str(raised.value))
+    assert not part.exists()
+    with pytest.raises(OSError, match="denied"), stage.writing(part, 1):
+        raise PermissionError("denied")
+
+
+def test_the_cache_must_have_room_for_what_dvc_will_copy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    (out / "deep").mkdir(parents=True)
+    (out / "deep/model").write_bytes(b"x" * 1000)
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 999))
+    stage.check_cache([out])  # outside of DVC
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[cache]\n    dir = /nowhere/at/all\n")
+    stage.check_cache([out])  # not started by dvc
+    monkeypatch.setenv("DVC_STAGE", "sft@a")
+    with pytest.raises(stage.StageError, match=r"out is made and needs 0\.0 MB in DVC's cache, /nowhere/at/all, which"):
+        stage.check_cache([out])
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    stage.check_cache([out])
+
+
+def test_one_writes_an_output_and_another_waits(environment, tmp_path):
+    """Also after the first one was killed: what it forked holds the lock."""
+    first = """import os, time
+    from pathlib import Path
+    stage.alone(Path("data/models/a"))
+    if os.fork() == 0:
+        os.closerange(0, 3)
+        time.sleep(1)
+        Path("written").touch()
+        os._exit(0)
+    os.kill(os.getpid(), 9)"""
+    second = """from pathlib import Path
+    stage.alone(Path("data/models/b"))
+    stage.alone(Path("data/models/a"))
+    print(Path("written").exists())"""
+    assert run(first, environment | {"PYTHONUNBUFFERED": "1"}, tmp_path).returncode == -9
+    done = run(second, environment, tmp_path)
+    said, ended = done.stdout.splitlines()[1:]
+    assert re.fullmatch(r"data/models/a is being written by process \d+ on \S+; waiting for it to end", said)
+    assert ended == "True"
+    assert run(second, environment, tmp_path).stdout == "working\nTrue\n"
+
+
+def test_a_stage_is_asked_to_end_when_its_dvc_is_killed(environment, tmp_path):
+    code = """
+from workflow import stage
+import time
+def main():
+    stage.stoppable("sft a")
+    print("working", flush=True)
+    time.sleep(60)
+stage.run(main)
+"""
+    shell = [sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])", code]
+    for dvc in (True, False):
+        known = environment | ({"DVC_STAGE": "sft@a"} if dvc else {})
+        with (tmp_path / "said").open("w") as file:
+            parent = subprocess.Popen(shell, env=known, cwd=tmp_path, stdout=file, stderr=file)
+        while not (tmp_path / "said").read_text():
+            time.sleep(0.05)
+        (child,) = psutil.Process(parent.pid).children()
+        parent.kill()
+        parent.wait()
+        if dvc:
+            child.wait(10)
+            assert "error: sft a was stopped; the same command starts it again" in (tmp_path / "said").read_text()
+        else:
+            time.sleep(0.3)
+            assert child.is_running()
+            child.kill()
+
+
+def test_a_stage_ends_whose_dvc_was_gone_before_it_began(environment, tmp_path):
+    """Its parent is then the init of another session."""
+    for dvc, code in ((True, -signal.SIGTERM), (False, 0)):
+        known = environment | ({"DVC_STAGE": "sft@a"} if dvc else {})
+        run = [sys.executable, "-c", "from workflow import stage; stage.run(lambda: print('working'))"]
+        done = subprocess.run(run, env=known, cwd=tmp_path, capture_output=True, text=True, start_new_session=True)
+        assert (done.returncode, done.stdout) == (code, "" if dvc else "working\n"), done.stderr
+
+
+def test_what_ends_with_the_process_ends(environment):
+    """Threads, pools and the libraries' own exit functions come before the end; only the modules stay as they are."""
+    code = (
+        "import atexit, time\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from threading import Thread\n"
+        "from workflow import stage\n"
+        "class Left:\n"
+        "    def __del__(self): print('taken apart', flush=True)\n"
+        "def main():\n"
+        "    global left\n"
+        "    left = Left()\n"
+        "    atexit.register(print, 'exit function')\n"
+        "    Thread(target=lambda: (time.sleep(0.3), print('thread'))).start()\n"
+        "    ThreadPoolExecutor(1).submit(lambda: (time.sleep(0.6), print('pool')))\n"
+        "    print('main')\n"
+        "stage.run(main)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.split("\n") == ["main", "thread", "pool", "exit function", ""]
+    failed = subprocess.run(
+        [sys.executable, "-c", code.replace("print('main')", "raise ValueError")],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert failed.returncode == 1
+    assert failed.stdout.split("\n") == ["thread", "pool", "exit function", ""]
 
 
 def test_exit_codes_pass(environment):
@@ -103,17 +252,13 @@ def test_a_stage_that_was_stopped_says_where(environment):
 def test_a_stage_that_can_be_stopped_ends_at_the_first_signal(signum, environment):
     """The others come while it ends."""
     raised = f"""import os, time
-    stop = stage.stoppable("sft a")
-    try:
-        os.kill(os.getpid(), {int(signum)})
-        time.sleep(60)
-    finally:
-        assert stop.asked
-        os.kill(os.getpid(), {int(signum)})
-        time.sleep(0.1)
+    stage.stoppable("sft a")
+    os.kill(os.getpid(), {int(signum)})
+    os.kill(os.getpid(), {int(signum)})
+    time.sleep(60)
     """
     done = run(raised, environment)
-    said = "error: sft a was stopped while it was starting; the same command starts it again\n"
+    said = "error: sft a was stopped; the same command starts it again\n"
     assert (done.returncode, done.stderr) == (75, said)
 
 

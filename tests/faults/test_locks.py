@@ -1,0 +1,64 @@
+"""What a killed dvc has cut off in the middle of writing is mended, and costs no work."""
+
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.checkout import Checkout, locked
+
+SEED = 20260
+
+
+@pytest.mark.parametrize("content", ["", '{"write": {"/somewhere/data/mod', '{"write": {"a": {"pid": "x"}}}'])
+def test_locks_of_a_dvc_that_is_gone(content: str, trained: Checkout) -> None:
+    rwlock = trained.folder / ".dvc/tmp/rwlock"
+    rwlock.write_text(content)
+    assert "RWLock-file" in trained.run("dvc repro", fails=True)
+    assert trained.run("python -m workflow.locks") == ".dvc/tmp/rwlock was cut off by a kill: removed\n"
+    assert "up to date" in trained.run("dvc repro")
+    assert trained.run("python -m workflow.locks") == ""
+
+
+def test_a_lock_file_that_was_cut_off(trained: Checkout) -> None:
+    """At any byte: what is left is either read, or set aside; DVC restores all stages and runs none."""
+    lock = trained.folder / "dvc.lock"
+    whole = lock.read_text()
+    rng = random.Random(SEED)
+    for cut in (0, len(whole) // 2, *(rng.randrange(len(whole)) for _ in range(4))):
+        lock.write_text(whole[:cut])
+        said = trained.run("python -m workflow.locks && dvc repro")
+        assert "Running stage" not in said, (cut, said)
+        assert locked(lock.read_text()) == locked(whole), cut
+        damaged = trained.folder / "dvc.lock.damaged"
+        assert damaged.exists() == ("dvc.lock was cut off by a kill" in said)
+        damaged.unlink(missing_ok=True)
+    trained.run("git checkout -q dvc.lock")
+    assert "up to date" in trained.run("dvc repro")
+
+
+def test_a_run_that_was_to_be_noted(trained: Checkout) -> None:
+    """Killed after it has made the folder of a run and before it has written there, DVC leaves the folder empty."""
+    note = next(
+        note
+        for note in trained.folder.glob(".dvc/cache/runs/*/*/*")
+        if yaml.safe_load(note.read_text())["cmd"].startswith("exec python -m workflow.check ")
+    )
+    note.unlink()
+    lock = trained.folder / "dvc.lock"
+    known = yaml.safe_load(lock.read_text())
+    del known["stages"]["check"]
+    lock.write_text(yaml.safe_dump(known))
+    assert "join() argument" in trained.run("dvc repro check", fails=True)
+    assert f"{note.parent} is empty" in trained.run("python -m workflow.doctor", fails=True)
+    said = trained.run("python -m workflow.locks")
+    assert said == f"{note.parent} was left empty by a kill: removed\n"
+    trained.run("dvc repro check && git checkout -q dvc.lock")
+    assert "up to date" in trained.run("dvc repro")
+
+
+def test_elsewhere_it_says_where_to_go(tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path)
+    said = checkout.run("cd tests && python -m workflow.locks", fails=True)
+    assert said == "error: there is no .dvc here; run it in the folder of the repository\n"
