@@ -37,6 +37,7 @@ def sft() -> None:
     trainer = SFTTrainer(model=model, args=config, train_dataset=parts["train"], eval_dataset=parts["test"])
     trainer.train()
     trainer.save_model(output)
+    trainer.accelerator.end_training()  # else gloo aborts it now and then while Python shuts down
 
 
 def grpo() -> None:
@@ -71,6 +72,7 @@ def grpo() -> None:
     )
     trainer.train()
     trainer.save_model(output)
+    trainer.accelerator.end_training()  # else gloo aborts it now and then while Python shuts down
 
 
 def generate() -> None:
