@@ -58,8 +58,9 @@ for ENTRY in ENTRIES:
             values=parameters,
         run:
             # The software is the locked environment that runs Snakemake itself, so no conda environment per rule.
+            # exec: SLURM signals every process of a job, and a shell would die of it before the stage has saved.
             shell(
-                "python -m workflow.job {wildcards.stage:q} --log {log:q} --stamp {output:q} --hardware {resources.hardware:q}"
+                "exec python -m workflow.job {wildcards.stage:q} --log {log:q} --stamp {output:q} --hardware {resources.hardware:q}"
             )
 
 

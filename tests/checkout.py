@@ -62,9 +62,7 @@ class Checkout:
         # Not as a part of the make that may run the tests.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
         environment |= {"PATH": f"{bin_folder}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
-        environment |= {"COLUMNS": "250", "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.invalid"}
-        environment |= CANARIES
-        environment |= {"GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.invalid"}
+        environment |= {"COLUMNS": "250", **CANARIES}
         return {"cwd": self.folder, "env": environment, "stderr": subprocess.STDOUT}
 
     def readme(self, start: str) -> str:

@@ -31,6 +31,12 @@ def pytest_runtest_setup() -> None:
         pytest.skip("the time is over (TEST_UNTIL)")
 
 
+# Commits of the tests have an author, whoever runs them.
+for WHO in ("AUTHOR", "COMMITTER"):
+    os.environ[f"GIT_{WHO}_NAME"] = "test"
+    os.environ[f"GIT_{WHO}_EMAIL"] = "test@example.invalid"
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Checkout:
     """A checkout in which `make repro` has run once, committed. Several workers share its making, not it."""

@@ -152,7 +152,7 @@ def check_room(folders: list[Path]) -> Found:
     found, least = ", ".join(f"{folder} {room / 1e9:,.1f} GB" for folder, room in free.items()), min(free.values())
     if least >= LITTLE_ROOM:
         return "ok", found
-    make = "make room (dvc gc --workspace; .scratch/checkpoints of runs that you gave up), see workflow.preflight"
+    make = "make room (.scratch/checkpoints has those of runs that you gave up), see workflow.preflight"
     return ("error" if least < LEAST_ROOM else "warning"), f"{found}: {make}"
 
 

@@ -20,14 +20,15 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from workflow.compose import compose, first_lines
-from workflow.job import SCRATCH, STOP, STOPPED
-from workflow.params import ParamsError, load_params
-from workflow.pipeline import load_stages
+from workflow.job import SCRATCH, STOP, STOPPED, record_file
+from workflow.launch import division, load_hardware
+from workflow.params import Params, ParamsError, load_params
+from workflow.pipeline import Stage, load_stages
 from workflow.sources import some
 from workflow.stage import StageError
 from workflow.stamps import STAMPS
@@ -45,7 +46,8 @@ LOG = SCRATCH / "driver.log"
 SNAKEMAKE_LOG = SCRATCH / "snakemake.log"  # of the last driver
 END = SCRATCH / "driver.json"  # how the last driver ended; none when it was killed
 
-CHECKPOINT_WITHIN = 300.0  # seconds between the wish to stop and the end of those who do not
+CHECKPOINT_WITHIN = 300.0  # seconds between the wish to stop and the end of those who do not, or what --signal gives
+ALIVE_WITHIN = 120.0  # seconds since the last sign of life of a stage on another machine; NFS may show it a minute late
 ASK_AGAIN = 30.0  # seconds after which a job is asked again: it may not have begun when it was asked
 POLL = 1.0
 WIDTH = 120  # columns of a table
@@ -58,12 +60,17 @@ COMMAND = "python -m workflow.experiment"
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment; `folder` is its clone, `base` the commit it started from, `profile` a name or a path."""
+    """One experiment.
+
+    `folder` is its clone, `base` the commit it started from, `profile` a name or a path, `slurm` whether stages are, or
+    were, jobs of SLURM.
+    """
 
     name: str
     folder: Path
     base: str
     profile: str
+    slurm: bool
     overrides: list[str]
     created: float
 
@@ -113,6 +120,7 @@ def main() -> None:
         help="a folder of workflow/profiles/, or the path of one of your own; default local",
     )
     resume = commands.add_parser("continue", help="take up an experiment that failed, was stopped, or was killed")
+    resume.add_argument("--profile", help="another one from now on")
     for starts in (run, resume):
         starts.add_argument("--detach", action="store_true", help="do not follow it on the terminal")
     commands.add_parser("list", help="all experiments that have a clone")
@@ -137,6 +145,9 @@ def main() -> None:
             raise StageError(
                 f"{experiment.name} is finished and saved; take it over with: dvc exp apply {experiment.name}"
             )
+        if args.profile:
+            slurm = experiment.slurm or uses_slurm(args.profile)
+            experiment = replace(experiment, profile=args.profile, slurm=slurm)
         sys.exit(start([experiment], args.detach))
     if args.command == "status":
         print_status(experiment)
@@ -155,7 +166,9 @@ def check_place() -> None:
     """Raise StageError unless the current folder is a checkout in which experiments can be made."""
     here = Path.cwd()
     if here.parent.name == EXPERIMENTS.name and (here / FACTS).is_file():
-        raise StageError(f"this is the clone of an experiment; go to its checkout: cd {here.parents[2]}")
+        raise StageError(
+            f"this is the clone of an experiment; go to its checkout: cd {git('config', 'remote.origin.url')}"
+        )
     if not Path("dvc.yaml").is_file() or not Path(".git").exists():
         raise StageError(f"{here} is not the top folder of a checkout of this repository; go there")
 
@@ -166,7 +179,8 @@ def create(name: str, overrides: list[str], profile: str) -> list[Experiment]:
     Raises:
         StageError: the name is taken, an override or the profile is wrong, a stage reads what git does not track.
     """
-    if uses_slurm(profile) and shutil.which("sbatch") is None:
+    slurm = uses_slurm(profile)
+    if slurm and shutil.which("sbatch") is None:
         raise StageError(
             f"{profile} starts jobs with sbatch, which is not here; go to a login node, or leave --profile out"
         )
@@ -180,8 +194,10 @@ def create(name: str, overrides: list[str], profile: str) -> list[Experiment]:
         params = {each: Path(part) / f"{each}.yaml" for each in sweep}
         for each, file in params.items():
             write_params(sweep[each], file)
+            check_hardware(profile, load_params(file))
         made = [
-            Experiment(each, (EXPERIMENTS / each).resolve(), base, profile, sweep[each], time.time()) for each in sweep
+            Experiment(each, (EXPERIMENTS / each).resolve(), base, profile, slurm, sweep[each], time.time())
+            for each in sweep
         ]
         for experiment in made:
             clone(experiment, Path(part) / experiment.name, params[experiment.name])
@@ -237,7 +253,11 @@ def check_name(name: str) -> None:
 
 
 def taken(name: str) -> str:
-    return f"there is an experiment {name} already; write another name, or remove it with: {COMMAND} remove {name}"
+    if (EXPERIMENTS / name / FACTS).is_file():
+        remove = f"{COMMAND} remove {name}"
+    else:  # made by dvc exp run, or a folder that is no clone
+        remove = f"dvc exp remove {name}" if refs(name) else f"rm -r {EXPERIMENTS / name}"
+    return f"there is an experiment {name} already; write another name, or remove it with: {remove}"
 
 
 def refs(name: str) -> list[str]:
@@ -263,6 +283,21 @@ def write_params(overrides: list[str], file: Path) -> None:
         raise StageError(str(error).replace(str(file), "params.yaml")) from None
 
 
+def check_hardware(profile: str, params: Params) -> None:
+    """Raise ParamsError where a batch cannot be divided over the GPUs that a profile gives to a training.
+
+    The stage `check` runs on this machine, and cannot know those of the jobs.
+    """
+    resources = read_profile(profile).get("set-resources")
+    rules = resources if isinstance(resources, dict) else {}
+    for kind in ("sft", "grpo"):
+        match rules.get(kind):
+            case {"hardware": str(name)}:
+                hardware = load_hardware(name)
+                for phase in getattr(params, kind):
+                    division(params, hardware, kind, phase)
+
+
 def clone(experiment: Experiment, folder: Path, params: Path) -> None:
     """Clone the checkout into a folder, with its uncommitted changes, its lock file, its settings and other params."""
     git("clone", "--quiet", "--local", str(Path.cwd()), str(folder))
@@ -281,8 +316,15 @@ def clone(experiment: Experiment, folder: Path, params: Path) -> None:
     check_files(folder)
     (folder / SCRATCH).mkdir()
     (folder / LOCK).touch()
+    write_facts(experiment, folder)
+
+
+def write_facts(experiment: Experiment, folder: Path) -> None:
+    """Note in a clone what `find` reads there."""
     facts = {name: value for name, value in asdict(experiment).items() if name != "folder"}
-    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+    part = folder / f"{FACTS}.part"
+    part.write_text(json.dumps(facts, indent=2) + "\n")
+    part.replace(folder / FACTS)
 
 
 def configure_dvc(folder: Path) -> None:
@@ -307,9 +349,24 @@ def configure_dvc(folder: Path) -> None:
     repo.close()
 
 
+def stages_in(folder: Path) -> dict[str, Stage]:
+    """The stages of a clone.
+
+    Raises:
+        StageError: its dvc.yaml or params.yaml cannot be read.
+    """
+    from dvc.exceptions import DvcException
+    from yaml import YAMLError
+
+    try:
+        return load_stages(folder)
+    except (DvcException, YAMLError) as error:
+        raise StageError(f"{os.path.relpath(folder)}: {' '.join(str(error).split())}; mend it there") from None
+
+
 def check_files(folder: Path) -> None:
     """Raise StageError when a clone lacks what its stages read."""
-    for name, each in load_stages(folder).items():
+    for name, each in stages_in(folder).items():
         for file in each.files:
             if not (folder / file).exists():
                 raise StageError(f"{name} reads {file}, which git does not track; write: git add {file}")
@@ -332,15 +389,20 @@ def profile_folder(profile: str) -> Path:
     raise StageError(f"there is no profile {profile!r}; write one of {some(known)}, or the folder of a config.yaml")
 
 
-def uses_slurm(profile: str) -> bool:
-    """Whether stages are SLURM jobs with this profile."""
+def read_profile(profile: str) -> dict[str, Any]:
+    """What a profile says."""
     import yaml
 
     file = profile_folder(profile) / "config.yaml"
     try:
-        return yaml.safe_load(file.read_text()).get("executor") == "slurm"
-    except (yaml.YAMLError, AttributeError) as error:
+        return dict(yaml.safe_load(file.read_text()))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
         raise StageError(f"{os.path.relpath(file)} is not a mapping in YAML: {' '.join(str(error).split())}") from None
+
+
+def uses_slurm(profile: str) -> bool:
+    """Whether stages are SLURM jobs with this profile."""
+    return read_profile(profile).get("executor") == "slurm"
 
 
 def git(*arguments: str, folder: Path = Path(), fails: bool = False) -> str:
@@ -382,8 +444,9 @@ def start(experiments: list[Experiment], detach: bool) -> int:
 
 def launch(experiment: Experiment) -> int:
     """Start the driver of an experiment in a session of its own; returns where its output begins in the log."""
-    uses_slurm(experiment.profile)
+    profile_folder(experiment.profile)
     lock = take(experiment)
+    write_facts(experiment, experiment.folder)
     (experiment.folder / STOP).unlink(missing_ok=True)
     (experiment.folder / END).unlink(missing_ok=True)
     with (experiment.folder / LOG).open("ab") as log:
@@ -613,7 +676,7 @@ def wait_for_earlier_jobs(experiment: Experiment) -> None:
             raise Stopped
         jobs = {f"{job.stage} (SLURM job {job.id}, {job.node or job.state})" for job in slurm_jobs(experiment)}
         own = [*processes(experiment, "workflow.job"), *processes(experiment, "snakemake")]
-        waited = jobs | {f"{stage_of(process)} (process {process.pid})" for process in own}
+        waited = jobs | {f"{stage_of(process)} (process {process.pid})" for process in own} | elsewhere(experiment)
         for each in sorted(waited - told):
             print(f"waiting for {each}, which runs since before")
         told |= waited
@@ -708,7 +771,7 @@ def read_records(experiment: Experiment) -> dict[str, dict[str, Any]]:
 
 def slurm_jobs(experiment: Experiment) -> list[Job]:
     """The experiment's jobs that SLURM has not finished: those that were submitted in its clone."""
-    if not uses_slurm(experiment.profile):
+    if not experiment.slurm:
         return []
     if shutil.which("squeue") is None:
         raise StageError(f"{experiment.name} runs with SLURM, and squeue is not here; go to a login node")
@@ -738,10 +801,31 @@ def processes(experiment: Experiment, module: str) -> list["psutil.Process"]:
     return found
 
 
+def elsewhere(experiment: Experiment) -> set[str]:
+    """Stages that another machine runs outside of SLURM's jobs, such as the login node of another session."""
+    found = set()
+    for name, record in read_records(experiment).items():
+        if record["ended"] is None and record["job"] is None and record["node"] != socket.gethostname():
+            # workflow.job touches it as long as the stage runs.
+            seen = (experiment.folder / record_file(name)).stat().st_mtime
+            if time.time() - seen < ALIVE_WITHIN:
+                found.add(f"{name} (process {record['pid']} on {record['node']})")
+    return found
+
+
 def stage_of(process: "psutil.Process") -> str:
     """What a process of `processes` runs."""
     command = process.info["cmdline"]
     return command[command.index("workflow.job") + 1] if "workflow.job" in command else "Snakemake"
+
+
+def checkpoint_within(experiment: Experiment) -> float:
+    """Seconds that a stage has for its checkpoint when it is asked to end: as many as SLURM would give it, or more."""
+    try:
+        text = (profile_folder(experiment.profile) / "config.yaml").read_text()
+    except StageError:
+        return CHECKPOINT_WITHIN  # the profile is gone, and what runs is to end all the same
+    return max([CHECKPOINT_WITHIN, *map(float, re.findall(r"--signal=(?:\w+:)?TERM@(\d+)", text))])
 
 
 def halt(experiment: Experiment) -> None:
@@ -750,7 +834,7 @@ def halt(experiment: Experiment) -> None:
 
     asked: dict[str | int, float] = {}  # when a job or process was asked to end
     begun = time.monotonic()
-    late = False
+    late, within = False, checkpoint_within(experiment)
     while True:
         for process in processes(experiment, "snakemake"):
             with suppress(psutil.NoSuchProcess):
@@ -759,9 +843,9 @@ def halt(experiment: Experiment) -> None:
         if not jobs and not own:
             return
         now = time.monotonic()
-        if now - begun > CHECKPOINT_WITHIN and not late:
+        if now - begun > within and not late:
             late = True
-            print(f"ending what did not stop within {CHECKPOINT_WITHIN:.0f} seconds")
+            print(f"ending what did not stop within {within:.0f} seconds")
         for job in jobs:
             # scancel may fail: the job ended just now.
             if job.state == "PENDING" or late:
@@ -791,6 +875,8 @@ def end(experiment: Experiment) -> int:
         follow([experiment], {experiment.name: begin})
         return int(driver(experiment) is not None)
     lock = take(experiment)
+    if other := elsewhere(experiment):
+        raise StageError(f"{experiment.name} still has {some(sorted(other))}; go there, and stop it from there")
     if slurm_jobs(experiment) or processes(experiment, "workflow.job"):
         stop.touch()
         halt(experiment)
@@ -805,14 +891,17 @@ def delete(experiment: Experiment) -> None:
     lock = take(experiment)
     jobs = [f"SLURM job {job.id}" for job in slurm_jobs(experiment)]
     jobs += [f"process {process.pid}" for process in processes(experiment, "workflow.job")]
+    jobs += sorted(elsewhere(experiment))
     if jobs:
         raise StageError(f"{experiment.name} still has {some(jobs)}; stop it first: {COMMAND} stop {experiment.name}")
     for ref in refs(experiment.name):
         git("update-ref", "-d", ref)
         print(f"removed the DVC experiment {experiment.name} ({ref}); its outputs stay in the cache until dvc gc")
     (experiment.folder / FACTS).unlink()  # now it is no experiment, whatever happens to the rest
-    shutil.rmtree(experiment.folder)
-    lock.close()
+    gone = experiment.folder.with_name(f"{experiment.name}.part-{os.getpid()}")
+    experiment.folder.rename(gone)
+    lock.close()  # before the file goes: NFS keeps open ones, and with them their folder
+    shutil.rmtree(gone)
     print(f"removed {experiment.shown}")
 
 
@@ -822,7 +911,11 @@ def delete(experiment: Experiment) -> None:
 def print_list() -> None:
     rows = [["name", "state", "stages", "started", "overrides"]]
     for experiment in everything():
-        stages = load_stages(experiment.folder)
+        try:
+            stages = stages_in(experiment.folder)
+        except StageError as error:
+            print(f"warning: {error}")
+            stages = {}
         done = sum((experiment.folder / STAMPS / name).is_file() for name in stages)
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(experiment.created))
         rows.append(
@@ -850,7 +943,7 @@ def print_status(experiment: Experiment) -> None:
     own = {stage_of(process) for process in processes(experiment, "workflow.job")}
     records = read_records(experiment)
     rows = [["stage", "state", "attempt", "job", "node", "elapsed", ""]]
-    for name in load_stages(experiment.folder):
+    for name in stages_in(experiment.folder):
         stamped = (experiment.folder / STAMPS / name).is_file()
         rows.append(row(experiment, name, stamped, jobs.get(name), name in own, records.get(name)))
     print_table(rows)

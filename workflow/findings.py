@@ -533,7 +533,7 @@ def check_disk(run: Run) -> list[Finding]:
         free = shutil.disk_usage(folder).free
         if size > free:
             what = f"the phase writes {size / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
-            write = "make room: dvc gc --workspace, and what .scratch/checkpoints has of runs that you gave up"
+            write = "make room; .scratch/checkpoints has those of runs that you gave up, too"
             found.append(error(str(folder), what, "the trained model could not be saved", write))
     return found
 

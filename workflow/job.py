@@ -203,7 +203,7 @@ def follow(name: str, logs: list[Path], known: dict[str, Any], asked: threading.
                     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
                         each.kill()
                 return
-            os.utime(record_file(name))  # a sign of life, for other login nodes
+            os.utime(record_file(name))  # a sign of life, for workflow.experiment on another login node
             if asked.is_set():
                 ask()  # when we were asked, dvc may not have begun the stage
             time.sleep(LOOK)

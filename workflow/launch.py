@@ -176,15 +176,15 @@ def hardware_name() -> str:
     return "gpu_8x80gb" if len(memory) >= 8 else "gpu_80gb"
 
 
-def load_hardware() -> Hardware:
-    """The hardware file that HARDWARE names, or that fits this machine.
+def load_hardware(name: str = "") -> Hardware:
+    """The hardware file of a name or path; by default the one that HARDWARE names, or that fits this machine.
 
     Raises:
         ParamsError: there is no such file, or it has a wrong key or value.
     """
     import yaml
 
-    name = hardware_name()
+    name = name or hardware_name()
     path = Path(name) if name.endswith(".yaml") else HERE / "hardware" / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in (HERE / "hardware").glob("*.yaml")))

@@ -266,7 +266,7 @@ def check_cache(outs: list[Path]) -> None:
     if need > room:
         raise StageError(
             f"{outs[0]} is made and needs {megabytes(need)} in DVC's cache, {cache}, which has room for "
-            f"{megabytes(room)}; make room there (dvc gc --workspace), and start it again"
+            f"{megabytes(room)}; make room there, and start it again"
         )
 
 

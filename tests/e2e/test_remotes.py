@@ -55,6 +55,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     (tmp_path / "home").mkdir()
 
 
@@ -191,7 +192,7 @@ def test_a_server_that_dies_during_a_push(made, server, alone, tmp_path):
             time.sleep(0.005)
         kill(server)
         said = push.result()
-    assert re.search("^ERROR: failed to transfer '.*' - Connection", said, re.M) and "Traceback" not in said, said
+    assert re.search("^ERROR: failed to transfer '", said, re.M) and "Traceback" not in said, said
     before = whole_objects(server / "store")
     said = mine.run(f"dvc push {TARGETS}", fails=True)
     assert "Connect call failed ('127.0.0.1'" in said and "Traceback" not in said, said

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from ruamel.yaml import YAML
 from tests.checkout import Checkout
 from workflow import experiment
 from workflow.experiment import combinations, hours, last_line, print_table, progress
+from workflow.stage import StageError
 
 RUN = "python -m workflow.experiment"
 
@@ -185,9 +187,10 @@ def test_a_branch_of_it_can_be_run(main, finished):
 
 
 def test_what_is_taken_or_finished(main, finished):
-    assert "there is an experiment one already; write another name, or remove it with" in main.run(
-        f"{RUN} run one", fails=True
-    )
+    assert main.run(f"{RUN} run one", fails=True).endswith(f"or remove it with: {RUN} remove one\n")
+    folder(main, "left").mkdir()
+    assert main.run(f"{RUN} run left", fails=True).endswith("or remove it with: rm -r .scratch/experiments/left\n")
+    folder(main, "left").rmdir()
     assert "one is finished and saved; take it over with: dvc exp apply one" in main.run(
         f"{RUN} continue one", fails=True
     )
@@ -202,11 +205,11 @@ def test_remove(main, finished):
     kept = folder(main, "one").with_name("kept")
     folder(main, "one").rename(kept)
     # Also without its clone the name is taken.
-    assert "there is an experiment one already" in main.run(f"{RUN} run one", fails=True)
+    assert main.run(f"{RUN} run one", fails=True).endswith("or remove it with: dvc exp remove one\n")
     kept.rename(folder(main, "one"))
     output = main.run(f"{RUN} remove one")
     assert "removed the DVC experiment one (refs/exps/" in output and "removed .scratch/experiments/one" in output
-    assert not folder(main, "one").exists() and "one" not in shown(main)
+    assert not list(folder(main, "one").parent.glob("one*")) and "one" not in shown(main)
     assert "there is no clone of an experiment 'one'" in main.run(f"{RUN} remove one", fails=True)
 
 
@@ -285,8 +288,40 @@ def test_a_profile_that_snakemake_refuses(main, tmp_path):
     assert "set-threads names the rule 'tran', which does not exist; write one of: train, report" in output
     assert f"; mend {os.path.relpath(tmp_path, main.folder)}/config.yaml, or " in output.splitlines()[-1]
     # The profile is the checkout's, or the user's own: what is mended there counts.
-    (tmp_path / "config.yaml").write_text("cores: 1\n")
+    (tmp_path / "config.yaml").rename(tmp_path / "gone.yaml")
+    assert f"error: there is no profile '{tmp_path}'; write one of" in main.run(f"{RUN} continue refused", fails=True)
+    assert re.search(r"refused +failed", main.run(f"{RUN} list"))
+    assert re.search(r"train@reasoning +(cached|waiting)\n", main.run(f"{RUN} status refused"))
+    assert main.run(f"{RUN} stop refused") == "nothing of refused runs\n"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text("cores: 1\nset-threads: {nix: 1}\n")
+    assert "names the rule 'nix'" in main.run(f"{RUN} continue refused --profile {other}", fails=True)
+    (other / "config.yaml").write_text("cores: 1\n")
     assert "refused is saved" in main.run(f"{RUN} continue refused")
+
+
+def test_a_batch_that_the_jobs_gpus_cannot_divide(main, tmp_path):
+    (tmp_path / "config.yaml").write_text("cores: 1\nset-resources: {grpo: {hardware: gpu_8x80gb_server}}\n")
+    output = main.run(f"{RUN} run x -S seed=1 --profile {tmp_path}", fails=True)
+    assert re.fullmatch(
+        r"error: params.yaml: grpo.reasoning.global_batch_size \d+ cannot be divided over 7 processes; .*\n", output
+    )
+    assert not folder(main, "x").exists()
+
+
+def test_a_clone_whose_files_are_broken(main):
+    """Users mend stages there, and write mistakes."""
+    main.run(f"{RUN} run mended -S seed=2 grpo.reasoning.trainer.beta=0.5")
+    params = folder(main, "mended") / "params.yaml"
+    text = params.read_text()
+    params.write_text("seed: [")
+    listed = main.run(f"{RUN} list")
+    assert "warning: .scratch/experiments/mended: " in listed and re.search(r"mended +saved +0/0 ", listed)
+    said = main.run(f"{RUN} status mended", fails=True)
+    assert re.search(r"^error: .scratch/experiments/mended: .*params.yaml.*; mend it there$", said, re.MULTILINE), said
+    params.write_text(text)
+    assert re.search(r"mended +saved +2/2 ", main.run(f"{RUN} list"))
 
 
 @pytest.mark.parametrize(
@@ -330,6 +365,11 @@ def test_where_it_is_called(main):
         text=True,
     )
     assert done.returncode == 1 and "is not the top folder of a checkout of this repository; go there" in done.stderr
+    # In a clone, also where .scratch is a link to another disk.
+    clone = next(folder(main, "x").parent.glob("*/.scratch")).parent
+    command = [sys.executable, "-m", "workflow.experiment", "list"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    assert done.stderr == f"error: this is the clone of an experiment; go to its checkout: cd {main.folder}\n"
 
 
 # One that is interrupted
@@ -378,6 +418,39 @@ def test_a_killed_driver(main):
     assert shown(main)["killed"]["seed"] == "8"
 
 
+def one(clone: Path, **facts: object) -> experiment.Experiment:
+    known = {"name": "x", "base": "0" * 40, "profile": "local", "slurm": False, "overrides": [], "created": 0.0}
+    return experiment.Experiment(folder=clone.resolve(), **known | facts)
+
+
+def test_what_another_login_node_runs(tmp_path):
+    clone = tmp_path / "x"
+    (clone / ".scratch/jobs").mkdir(parents=True)
+    (clone / experiment.LOCK).touch()
+    record = clone / ".scratch/jobs/download@base.json"
+    known = {"stage": "download@base", "node": "login1", "pid": 7, "job": None, "ended": None}
+    record.write_text(json.dumps(known))
+    assert experiment.elsewhere(one(clone)) == {"download@base (process 7 on login1)"}
+    for refused in (experiment.end, experiment.delete):
+        with pytest.raises(StageError, match=r"^x still has download@base \(process 7 on login1\); "):
+            refused(one(clone))
+    for dead in ({"ended": 1.0}, {"job": "12"}, {"node": socket.gethostname()}):
+        record.write_text(json.dumps(known | dead))
+        assert experiment.elsewhere(one(clone)) == set()
+    record.write_text(json.dumps(known))
+    os.utime(record, (time.time() - 200,) * 2)
+    assert experiment.elsewhere(one(clone)) == set()
+
+
+def test_a_stage_has_as_long_for_its_checkpoint_as_slurm_gives_it(tmp_path):
+    config = tmp_path / "config.yaml"
+    for extra, seconds in (("--signal=TERM@180", 300), ("--qos=a --signal=B:TERM@900", 900), ("", 300)):
+        config.write_text(f"default-resources:\n  slurm_extra: \"'{extra}'\"\n")
+        assert experiment.checkpoint_within(one(tmp_path, profile=str(tmp_path))) == seconds
+    config.unlink()
+    assert experiment.checkpoint_within(one(tmp_path, profile=str(tmp_path))) == 300
+
+
 def test_what_does_not_stop_is_ended(tmp_path, monkeypatch, capsys):
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
     job = subprocess.Popen(
@@ -385,7 +458,7 @@ def test_what_does_not_stop_is_ended(tmp_path, monkeypatch, capsys):
     )
     assert job.stdout is not None and job.stdout.readline() == "1\n"
     monkeypatch.setattr(experiment, "CHECKPOINT_WITHIN", 2.0)
-    experiment.halt(experiment.Experiment("x", tmp_path.resolve(), "0" * 40, "local", [], 0.0))
+    experiment.halt(one(tmp_path))
     assert job.wait() == -signal.SIGKILL
     said = capsys.readouterr().out
     assert said == f"stopping train (process {job.pid})\nending what did not stop within 2 seconds\n"

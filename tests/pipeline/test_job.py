@@ -70,7 +70,7 @@ def is_gone(pid: int) -> bool:
 
 
 def wait_until_begun(repo: Path, name: str) -> None:
-    for _ in range(600):
+    for _ in range(6000):
         log = repo / f".scratch/logs/{name}.log"
         if log.is_file() and "begun" in log.read_text():
             return

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -92,13 +93,15 @@ class Started:
     def said(self) -> str:
         return self.output.read_text()
 
-    def wait_for(self, what: str, found: Callable[[], object], timeout: float = 900) -> None:
+    def wait_for(self, what: str, found: Callable[[], Any], timeout: float = 900) -> Any:
+        """What a function returns when it finds something."""
         until = time.monotonic() + timeout
-        while not found():
+        while not (there := found()):
             log = self.clone / ".scratch/driver.log"
             assert time.monotonic() < until, f"{what} did not happen in {timeout} s\n{log.read_text()[-6000:]}"
             assert self.process.poll() in (None, 0), self.said()
             time.sleep(0.2)
+        return there
 
     def logged(self, stage: str) -> str:
         file = self.clone / f".scratch/logs/{stage}.log"
@@ -156,9 +159,7 @@ def finished(site: Checkout, cluster: Cluster) -> dict[str, Started]:
     hurt.process = site.begin(f"{RUN} continue hurt", hurt.output)
 
     # A node is lost while it samples.
-    first.wait_for("sampling", lambda: sampling(first, cluster))
-    job = sampling(first, cluster)
-    assert job is not None
+    job = first.wait_for("sampling", lambda: sampling(first, cluster))
     lost = cluster.jobs()[job]
     cluster.node_down(lost["node"])
     note(f"first: node {lost['node']} of job {job} ({lost['comment']}) was set down")

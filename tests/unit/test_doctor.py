@@ -241,7 +241,7 @@ def test_room(checkout, monkeypatch, free, level):
     monkeypatch.setattr(shutil, "disk_usage", usage(free))
     said = doctor.check_room([Path("data"), Path(".dvc/cache")])
     assert said[0] == level and said[1].startswith(f"data {free / 1e9:.1f} GB, .dvc/cache {free / 1e9:.1f} GB")
-    assert ("make room (dvc gc --workspace" in said[1]) == (level != "ok")
+    assert ("make room (.scratch/checkpoints has" in said[1]) == (level != "ok")
 
 
 @needs_root

@@ -78,12 +78,17 @@ sys.exit(run([server, work] if {bool(server)} else [work]))
     return begin
 
 
+def is_written(file: str) -> bool:
+    """A file exists before its text does."""
+    return Path(file).is_file() and bool(Path(file).read_text())
+
+
 def is_there(pid_file: str) -> bool:
     pid = int(Path(pid_file).read_text())
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
@@ -147,14 +152,14 @@ def test_progress_of_a_server_that_starts_slowly(start):
         ("raise MemoryError('of the GPU')", 1, "the server ended with exit code 1: MemoryError: of the GPU"),
         ("print('enough'); import sys; sys.exit(75)", 75, "the server ended with exit code 75: enough"),
         ("print('enough')", 1, "the server ended with exit code 0: enough"),
-        ("print('busy', flush=True); import time; time.sleep(60)", 1, "the server was not ready after 2 s: busy"),
+        ("print('busy', flush=True); import time; time.sleep(900)", 1, "the server was not ready after 2 s: busy"),
     ],
 )
 def test_a_server_that_does_not_start(start, server, code, said):
     begun = time.monotonic()
     process = start("from pathlib import Path; Path('begun').touch()", server, READY_WITHIN=2)
     _, errors = process.communicate()
-    assert process.returncode == code and time.monotonic() - begun < 20
+    assert process.returncode == code and time.monotonic() - begun < 300
     assert errors.endswith(f"error: {said}; its output is in log/server.log\n")
     assert ("Traceback" in errors) == ("MemoryError" in server)  # its last lines are shown
     assert not Path("begun").exists()
@@ -164,15 +169,15 @@ WAITS = """
 import os, time
 from pathlib import Path
 Path("work.pid").write_text(str(os.getpid()))
-time.sleep(60)
+time.sleep(900)
 """
 
 
 def test_a_server_that_dies_ends_the_training(start):
     process = start(WAITS, SERVER)
-    wait_for(Path("work.pid").is_file)
+    wait_for(lambda: is_written("work.pid"))
     os.kill(int(Path("server.pid").read_text()), signal.SIGKILL)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 137 and not is_there("work.pid")
     assert errors.endswith(f"error: the server was {KILLED}: loading the model; its output is in log/server.log\n")
 
@@ -181,11 +186,11 @@ def test_training_that_fails_ends_the_server_and_its_children(start):
     """A vLLM server that is told to end while it loads a model stays, so it is killed, with its own processes."""
     stubborn = "import signal, subprocess, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SERVER.replace(
         "signal.signal(signal.SIGTERM, end)",
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(900)'])\n"
         "Path('child.pid').write_text(str(child.pid))",
     )
     process = start("raise KeyError('wrong')", stubborn, GRACE=1)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1 and not is_there("server.pid") and not is_there("child.pid")
     assert errors.endswith("error: the training ended with exit code 1: KeyError: 'wrong'\n")
 
@@ -203,7 +208,7 @@ def save(signum, _):
 
 signal.signal(signal.SIGTERM, save)
 Path("work.pid").write_text(str(os.getpid()))
-time.sleep(60)
+time.sleep(900)
 """
 
 
@@ -211,9 +216,9 @@ time.sleep(60)
 @pytest.mark.parametrize("server", ["", SERVER])
 def test_a_signal_lets_the_training_save(start, signum, server):
     process = start(SAVES.replace("SERVED", str(bool(server))), server)
-    wait_for(Path("work.pid").is_file)
+    wait_for(lambda: is_written("work.pid"))
     process.send_signal(signum)
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=300)
     assert (process.returncode, output) == (75, "saved SIGTERM\n")
     assert errors == "error: the training ended with exit code 75\n"
     assert not server or Path("server.ended").is_file()
@@ -222,19 +227,19 @@ def test_a_signal_lets_the_training_save(start, signum, server):
 def test_a_server_that_is_signalled_too_does_not_end_the_saving(start):
     """SLURM signals every process of a job."""
     process = start(SAVES.replace("SERVED", "False"), SERVER)
-    wait_for(Path("work.pid").is_file)
+    wait_for(lambda: is_written("work.pid"))
     for pid in (process.pid, int(Path("server.pid").read_text())):
         os.kill(pid, signal.SIGTERM)
-    assert process.communicate(timeout=20)[0] == "saved SIGTERM\n" and process.returncode == 75
+    assert process.communicate(timeout=300)[0] == "saved SIGTERM\n" and process.returncode == 75
 
 
 def test_trainers_save_when_a_signal_reaches_only_what_was_started(start):
     """As SLURM does it: it asks the steps of a job to end, not the script that has started them."""
     work = "import os, signal, sys, time\nfrom pathlib import Path\n"
     work += "def save(*_):\n    time.sleep(1)\n    Path('saved').touch()\n    sys.exit(75)\n"
-    work += "signal.signal(signal.SIGTERM, save)\nPath('work.pid').write_text(str(os.getpid()))\ntime.sleep(60)"
+    work += "signal.signal(signal.SIGTERM, save)\nPath('work.pid').write_text(str(os.getpid()))\ntime.sleep(900)"
     process = start(work, SERVER)
-    wait_for(lambda: Path("work.pid").exists() and Path("work.pid").read_text())
+    wait_for(lambda: is_written("work.pid"))
     for name in ("server", "work"):
         os.kill(int(Path(f"{name}.pid").read_text()), signal.SIGTERM)
     process.communicate(timeout=300)
@@ -244,18 +249,18 @@ def test_trainers_save_when_a_signal_reaches_only_what_was_started(start):
 
 def test_a_signal_while_the_server_starts(start):
     process = start(WAITS, SERVER, {"DELAY": "60"})
-    wait_for(Path("server.pid").is_file)
+    wait_for(lambda: is_written("server.pid"))
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 75 and not Path("work.pid").exists() and not is_there("server.pid")
     assert errors == "error: the server was stopped; the same command goes on from there\n"
 
 
 def test_work_that_only_ends_when_it_is_asked_to(start):
     process = start(WAITS)
-    wait_for(Path("work.pid").is_file)
+    wait_for(lambda: is_written("work.pid"))
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 75
     assert errors == "error: the training was stopped; the same command goes on from there\n"
 
@@ -267,7 +272,7 @@ def test_what_several_nodes_say_is_said_once(start):
 
 def test_nothing_is_left_when_the_launcher_is_killed(start):
     process = start(WAITS, SERVER)
-    wait_for(Path("work.pid").is_file)
+    wait_for(lambda: is_written("work.pid"))
     process.kill()
     wait_for(lambda: not is_there("work.pid") and not is_there("server.pid"))
     assert Path("server.ended").is_file()
@@ -350,14 +355,14 @@ def save(signum, _):
 
 signal.signal(signal.SIGTERM, save)
 Path(f"trainer{rank}.ready").touch()
-time.sleep(60)
+time.sleep(900)
 """
     process = train(body)
     wait_for(lambda: Path("trainer0.ready").exists() and Path("trainer1.ready").exists(), 60)
     for rank in range(2):  # srun sends its signals to all processes of a step
         os.kill(int(Path(f"trainer{rank}.pid").read_text()), signal.SIGUSR1)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=300)
     assert (process.returncode, output) == (75, "saved\nsaved\n")
 
 
@@ -371,7 +376,7 @@ def save(signum, _):
 
 signal.signal(signal.SIGTERM, save)
 Path(f"trainer{rank}.ready").touch()
-time.sleep(60)
+time.sleep(900)
 """
     process = train(body)
     wait_for(lambda: Path("trainer0.ready").exists() and Path("trainer1.ready").exists(), 60)
@@ -386,18 +391,18 @@ time.sleep(60)
 
 
 def test_training_processes_that_only_end(train):
-    process = train("Path(f'trainer{rank}.ready').touch()\ntime.sleep(60)", stop=signal.SIGUSR1)
+    process = train("Path(f'trainer{rank}.ready').touch()\ntime.sleep(900)", stop=signal.SIGUSR1)
     wait_for(lambda: Path("trainer0.ready").exists() and Path("trainer1.ready").exists(), 60)
     process.send_signal(signal.SIGTERM)
     said = "error: the training was stopped while it was starting; the same command starts it again\n"
-    assert process.communicate(timeout=20) == ("", said)
+    assert process.communicate(timeout=300) == ("", said)
     assert process.returncode == 75
 
 
 def test_no_training_process_is_left_when_the_launcher_is_killed(train):
     """Not even one that does not react to SIGTERM, as one that waits for another GPU."""
     process = train(
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nPath(f'trainer{rank}.ready').touch()\ntime.sleep(60)",
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nPath(f'trainer{rank}.ready').touch()\ntime.sleep(900)",
         grace=1,
     )
     wait_for(lambda: Path("trainer0.ready").exists() and Path("trainer1.ready").exists(), 60)

@@ -849,4 +849,4 @@ def test_a_reward_that_takes_all_memory_is_one_sentence():
     with pytest.raises(
         StageError, match=r"reward own failed: MemoryError \(\) in line \d+ of .*test_rewards\.py; mend it"
     ):
-        rewards.checked("own", lambda completions, **_: bytearray(2**46))([])
+        rewards.checked("own", lambda completions, **_: bytearray(2**62))([])

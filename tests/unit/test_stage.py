@@ -154,12 +154,15 @@ def test_one_writes_an_output_and_another_waits(environment, tmp_path):
     stage.alone(Path("data/models/a"))
     if os.fork() == 0:
         os.closerange(0, 3)
-        time.sleep(1)
+        while not Path("waits").exists():
+            time.sleep(0.01)
         Path("written").touch()
         os._exit(0)
     os.kill(os.getpid(), 9)"""
     second = """from pathlib import Path
+    from threading import Timer
     stage.alone(Path("data/models/b"))
+    Timer(2, Path("waits").touch).start()
     stage.alone(Path("data/models/a"))
     print(Path("written").exists())"""
     assert run(first, environment | {"PYTHONUNBUFFERED": "1"}, tmp_path).returncode == -9

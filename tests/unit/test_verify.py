@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from decimal import Decimal
 from threading import Thread
 
@@ -247,8 +248,9 @@ def test_workers_killed_just_before_their_work_are_replaced():
         verifier.verify([("$0.5$", r"\boxed{0.5}")])
         for n in range(1, 6):
             for process in psutil.Process().children(recursive=True):
-                if "resource_tracker" not in " ".join(process.cmdline()):
-                    process.terminate()
+                with suppress(psutil.NoSuchProcess):
+                    if "resource_tracker" not in " ".join(process.cmdline()):
+                        process.terminate()
             texts = [(f"${n}.{m}$", rf"\boxed{{{n}.{m}}}") for m in range(1, 9)]
             assert all(verdict.correct for verdict in verifier.verify(texts))
 

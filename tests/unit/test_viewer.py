@@ -215,7 +215,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     if chromium is None:
         pytest.skip("no Chromium; install Debian's package chromium")
     profile = tmp_path_factory.mktemp("profile")
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--window-size=1200,800"]
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--window-size=1200,800",
+    ]
     quiet = ["--disable-background-networking", "--disable-component-update"]
     process = subprocess.Popen(
         [chromium, *options, *quiet, f"--user-data-dir={profile}", "--remote-debugging-port=0", "about:blank"],
