@@ -99,6 +99,8 @@ def fault(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is missing, so it was not written to its end"
     except (AttributeError, KeyError, TypeError, ValueError):
         return f"{MANIFEST} is damaged"
+    except OSError as error:  # of a disk that fails
+        return f"{MANIFEST} cannot be read ({error})"
     for name, (size, _) in files.items():
         file = checkpoint / name
         if not file.is_file():
@@ -114,6 +116,12 @@ def fault(checkpoint: Path) -> str | None:
     except OSError as error:  # of a disk that fails
         return f"a file cannot be read ({error})"
     return None
+
+
+def keep_two(folder: Path) -> None:
+    """Remove all but the newest checkpoint, which is sealed, and the one before it."""
+    for checkpoint in _all(folder)[:-2]:
+        shutil.rmtree(checkpoint)
 
 
 def seal(checkpoint: Path, seconds: float) -> None:

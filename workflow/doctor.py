@@ -206,7 +206,7 @@ def check_dvc_files() -> Found:
     """Look for what a killed dvc may leave: two files that are cut off, an empty folder."""
     from workflow import locks
 
-    for path in locks.damaged():
+    for path in [*locks.damaged(), *locks.unfinished_notes()]:
         what = "is empty" if path.is_dir() else "cannot be read"
         return "error", f"{path} {what}: unless a dvc is writing it just now, python -m workflow.locks"
     return "ok", f"{locks.RWLOCK} and {locks.LOCK_FILE} are whole, or not there yet"

@@ -96,7 +96,7 @@ def main() -> None:
                 params.seed, device_specific=True
             )  # vLLM has set the process' number, whatever the recipe's seed is
         trainer.train(resume_from_checkpoint=args.resume and str(args.resume))
-        facts = finish(trainer, phase, args.model, args.output, args.log, checkpoints.earlier)
+        facts = finish(trainer, f"grpo.{args.phase}", phase, args.model, args.output, args.log, checkpoints.earlier)
         facts["warnings"] = list(gate.warned.values())
     if trainer.accelerator.is_main_process:
         reward = f"reward {facts['reward']:.3f}" if "reward" in facts else "no reward was logged"

@@ -733,7 +733,8 @@ def main() -> None:
     arguments = [*what, "--output", args.output, "--log", args.log, *others]
     planned = commands(allocation(os.environ, hardware.nodes), hardware, params, args.stage, arguments, free_ports())
     # In a process of its own: what it loads is not needed later, and it decides nothing but whether to start.
-    sound = subprocess.run([sys.executable, "-m", "workflow.preflight", *what])
+    # In a group of its own: Ctrl-C is for this process alone.
+    sound = subprocess.run([sys.executable, "-m", "workflow.preflight", *what], process_group=0)
     if sound.returncode:
         sys.exit(sound.returncode)
     model, dataset = Path(args.model), Path(args.dataset)

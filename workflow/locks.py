@@ -3,13 +3,15 @@
 DVC 3.67 writes two files in place, so a kill can leave half of them: .dvc/tmp/rwlock, after which every dvc command
 fails, and dvc.lock. Both are put right without losing work: a lock belongs to processes that are gone, and what
 dvc.lock said is in DVC's cache of runs, from which `dvc repro` restores it. In that cache a kill can leave an empty
-folder, after which the stage whose run was to be noted there always fails ("join() argument must be str, … not
-'NoneType'"): DVC takes the newest file of the folder without asking whether there is one.
+folder, or half a note under a temporary name, after which the stage whose run was to be noted there always fails
+("join() argument must be str, … not 'NoneType'", "'outs'"): DVC takes the newest file of the folder, whatever it is.
 """
 
 import argparse
+import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from workflow import stage
 RWLOCK = Path(".dvc/tmp/rwlock")
 LOCK_FILE = Path("dvc.lock")
 DAMAGED = Path("dvc.lock.damaged")
+NOTED_WITHIN = 1.0  # seconds; a note that takes longer is not being written by a clone that shares the cache
 
 
 def main() -> None:
@@ -34,9 +37,12 @@ def mend() -> list[str]:
     """
     if not RWLOCK.parent.parent.is_dir():
         raise stage.StageError("there is no .dvc here; run it in the folder of the repository")
-    if not damaged():
+    notes = unfinished_notes()
+    if not damaged() and not notes:
         return []
     said = []
+    if notes:
+        time.sleep(NOTED_WITHIN)
     with repo_lock():  # else it may just be being written, or mended by another job
         for path in damaged():
             if path == LOCK_FILE:
@@ -45,14 +51,19 @@ def mend() -> list[str]:
             elif path == RWLOCK:
                 path.unlink()
                 said.append(f"{path} was cut off by a kill: removed")
-            else:
-                path.rmdir()
-                said.append(f"{path} was left empty by a kill: removed")
+        for path in [path for path in unfinished_notes() if path in notes]:
+            with suppress(OSError):  # a clone that shares the cache was quicker
+                if path.is_dir():
+                    path.rmdir()
+                    said.append(f"{path} was left empty by a kill: removed")
+                else:
+                    path.unlink()
+                    said.append(f"{path} was cut off by a kill: removed")
     return said
 
 
 def damaged() -> list[Path]:
-    """The files of DVC that a kill has cut off, and the empty folders in its cache of runs."""
+    """The files of DVC in this checkout that a kill has cut off."""
     from dvc.exceptions import DvcException
     from dvc.rwlock import RWLockFileCorruptedError, RWLockFileFormatError
 
@@ -67,9 +78,22 @@ def damaged() -> list[Path]:
         read_lock_file()
     except DvcException:
         found.append(LOCK_FILE)
-    # Here DVC notes the runs of a stage that had the same inputs: <cache>/runs/<2 digits>/<64 digits>/.
+    return found
+
+
+def unfinished_notes() -> list[Path]:
+    """Where DVC notes runs, in its cache: notes that have no name yet, and the folders that then have none.
+
+    Each folder is for runs with the same inputs: <cache>/runs/<2 digits>/<64 digits>/<64 digits>.
+    """
+    found = []
     runs = (stage.dvc_cache() or RWLOCK.parents[1] / "cache") / "runs"
-    return found + [folder for folder in sorted(runs.glob("*/*")) if not any(folder.iterdir())]
+    for folder in sorted(runs.glob("*/*")):
+        with suppress(FileNotFoundError):  # mended by a clone that shares the cache, just now
+            notes = list(folder.iterdir())
+            unnamed = [note for note in notes if not re.fullmatch(r"[0-9a-f]{64}", note.name)]
+            found += [*unnamed, *([folder] if len(unnamed) == len(notes) else [])]
+    return found
 
 
 def release(name: str) -> None:

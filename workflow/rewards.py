@@ -439,6 +439,9 @@ def _reward(name: str, phase: GRPOPhase, verifier: Verifier, models: Path) -> Re
     return _model(models / name)
 
 
+GRACE = 30.0  # seconds; a process that has to wait for a core or a disk is not one that hangs
+
+
 class OutOfTime(BaseException):
     """A reward has taken too long; no Exception, which an own reward may catch."""
 
@@ -447,14 +450,14 @@ class OutOfTime(BaseException):
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise OutOfTime in the `with` block after so many seconds, and again every second.
 
-    Python cannot interrupt a long operation in C, nor another thread than the main one. So after twice the time the
-    process ends with exit code 1, and where it hung is on stderr.
+    Python cannot interrupt a long operation in C, nor another thread than the main one. So after twice the time, and
+    not before GRACE, the process ends with exit code 1, and where it hung is on stderr.
     """
 
     def end(signum: int, frame: FrameType | None) -> None:
         raise OutOfTime
 
-    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(max(2 * seconds, GRACE), exit=True, file=sys.__stderr__)
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:
         before = signal.signal(signal.SIGALRM, end)

@@ -69,7 +69,7 @@ def guilty(trainer: Trainer) -> str:
     mine = [(done, rows, bool(torch.isfinite(loss))) for done, rows, loss in trainer.noted]
     noted = sorted(gather_object(mine), key=lambda one: one[0])
     if not noted:
-        return "before the first step"
+        return f"the update of step {trainer.state.global_step}"
     wrong = [done for done, _, finite in noted if not finite]
     step = wrong[0] if wrong else noted[-1][0]
     rows = [row for done, rows, finite in noted if done == step and not (wrong and finite) for row in rows]
@@ -84,7 +84,7 @@ def some_rows(rows: Sequence[str]) -> str:
 
 
 def check_weights(trainer: Trainer, where: str) -> None:
-    """Raise StageError, in every process, where a weight is not finite: it would end up in a checkpoint.
+    """Raise StageError, in every process, where a weight is not finite: it would end up in a checkpoint or the model.
 
     Args:
         where: the phase in params.yaml, e.g. `grpo.reasoning`.

@@ -70,7 +70,7 @@ def main() -> None:
     checkpoints = Checkpoints(f"sft {args.phase}", trainer, stop, hardware.checkpoint_minutes, args.resume)
     trainer.add_callback(checkpoints)
     trainer.train(resume_from_checkpoint=args.resume and str(args.resume))
-    facts = finish(trainer, phase, args.model, args.output, args.log, checkpoints.earlier)
+    facts = finish(trainer, f"sft.{args.phase}", phase, args.model, args.output, args.log, checkpoints.earlier)
     if trainer.accelerator.is_main_process:
         summary = f"{facts['steps']} steps, mean loss {facts['loss']:.3f}, {facts['tokens_per_second']} tokens/s"
         stage.record(args.log, "sft", args.phase, LIBRARIES, summary, [args.output], checkpoints.earlier, **facts)

@@ -107,7 +107,8 @@ def quiet() -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage; a ValueError raised on purpose becomes one sentence on stderr and exit code 1, Stopped one and 75.
+    """Run a stage; a ValueError raised on purpose becomes one sentence on stderr and exit code 1, Stopped one and 75,
+    Ctrl-C one and 130.
 
     One of several training processes leaves what it has to say to workflow.launch, which prints what the first one
     to fail says, and does not outlive the process that started it.
@@ -145,6 +146,10 @@ def run(main: Callable[[], None]) -> None:
             _leave(stopped, report)  # whatever threads NCCL and vLLM have: the time to save may be over
         _say(f"error: {stopped.message}", report)
         raise
+    except KeyboardInterrupt:  # where nothing is to be saved, see `stoppable`
+        _say("error: interrupted; the same command starts it again", report)
+        code = 128 + signal.SIGINT
+        sys.exit(code)
     except Exception as error:
         said = str(error) if isinstance(error, (ParamsError, StageError)) else unexpected(error)
         if _stop.asked:

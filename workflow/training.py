@@ -45,7 +45,7 @@ FINAL = ("reward", "mean_token_accuracy", "eval_loss", "eval_mean_token_accuracy
 # A checkpoint has all that a run needs to go on, and the one before it is kept.
 RESUMABLE = {
     "save_strategy": "no",  # by itself; `Checkpoints` does
-    "save_total_limit": 2,
+    "save_total_limit": None,  # transformers removes the one before the last while the last is being written
     "save_only_model": False,
     "ignore_data_skip": False,
     "enable_jit_checkpoint": False,
@@ -320,6 +320,7 @@ class Checkpoints(TrainerCallback):
                 shutil.copyfile(self.log, checkpoint / self.log.name)
             if sealed:
                 checkpoints.seal(checkpoint, self.earlier + time.monotonic() - self.begun)
+                checkpoints.keep_two(checkpoint.parent)
         self.trainer.accelerator.wait_for_everyone()
         self.saved = time.monotonic()
         if self.stopping and sealed:
@@ -353,23 +354,27 @@ def write_history(log_history: list[dict[str, float]], file: Path) -> None:
         writer.writerows(rows.values())
 
 
-def finish(trainer: Trainer, phase: Phase, start: Path, output: Path, log: Path, earlier: float = 0) -> dict[str, Any]:
+def finish(
+    trainer: Trainer, where: str, phase: Phase, start: Path, output: Path, log: Path, earlier: float = 0
+) -> dict[str, Any]:
     """Export model, tokenizer and history of a finished run; return the facts for stage.json.
 
     Every process must call it: sharded parameters are gathered, and the peak memory is the sum over processes.
 
     Args:
+        where: the phase in params.yaml, e.g. `grpo.reasoning`.
         start: the folder of the model that the run started from.
         earlier: seconds that were trained before the checkpoint that the run went on from.
 
     Raises:
-        StageError: the run has ended before its last step; nothing is exported.
+        StageError: the run has ended before its last step, or has weights that are not finite; nothing is exported.
     """
     if trainer.state.global_step < trainer.state.max_steps:
         raise stage.StageError(
             f"the training ended at step {trainer.state.global_step} of {trainer.state.max_steps}, so its model is "
             f"not exported; give {phase.dataset} more rows, or write a lower trainer.max_steps"
         )
+    check_weights(trainer, where)  # the last steps may not have been logged
     whole = Path(trainer.args.output_dir) / "model"
     export(trainer, phase, start, whole)
     if trainer.accelerator.is_main_process:

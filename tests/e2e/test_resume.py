@@ -249,7 +249,7 @@ def test_whatever_happens_the_result_is_the_same(
         ask(run)
     said = rf"error: {kind} {NAMES[kind]} was stopped at step (\d+) of {steps}; the same command goes on from there"
     at = int(stopped(run, said)[1])
-    assert steps // 4 < at < steps // 2 and at % cycle == 0
+    assert steps // 4 < at < steps and at % cycle == 0
     assert [step(checkpoint) for checkpoint in sealed(folder)] == [at]
     assert not (folder / "models").exists() and not (folder / "log/history.csv").exists()
     for file in sealed(folder)[0].rglob("*"):
@@ -308,7 +308,13 @@ def test_a_run_that_is_stopped_while_it_starts(
 ) -> None:
     run = start("sft", tmp_path)
 
-    wait_for(run, lambda: any(word in words for words in processes(run).values()))
+    # accelerate's own command line names the module that it starts, too.
+    wait_for(
+        run,
+        lambda: any(
+            word in words and (word == "accelerate" or "accelerate" not in words) for words in processes(run).values()
+        ),
+    )
     time.sleep(seconds)
     ask(run)
     stopped(run, r"error: .* was stopped.*; the same command (starts it again|goes on from there)")

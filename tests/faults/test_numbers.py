@@ -59,6 +59,12 @@ def with_reward(inputs: Path, folder: Path, code: str, trainer: dict[str, Any], 
     return variant(inputs, folder / "inputs", "grpo", trainer, **changed)
 
 
+def folder_with(tmp_path: Path, name: str) -> Path:
+    """Another folder to train in, with the same own reward."""
+    shutil.copytree(tmp_path / "run", tmp_path / name, ignore=shutil.ignore_patterns(".scratch"))
+    return tmp_path / name
+
+
 @pytest.mark.parametrize("kind", list(NAMES))
 def test_a_learning_rate_that_destroys_the_weights(kind: str, inputs: Path, tmp_path: Path) -> None:
     ours = variant(inputs, tmp_path / "inputs", kind, {"learning_rate": 1e30, "max_grad_norm": 1e9})
@@ -105,6 +111,9 @@ def reward(completions, id, trainer_state, inner=reward, **_):
         )
         assert re.match(f"error: grpo\\.reasoning: {wanted}", said), said
         assert [step(checkpoint) for checkpoint in sealed(tmp_path / "run")][-1] == 6, attempt
+    # Nor in a model, where no step is logged and no checkpoint written after it.
+    said = fails(ours, "grpo", folder_with(tmp_path, "other"), "seldom")
+    assert re.match(r"error: grpo\.reasoning: after step 12 there are weights that are no finite numbers", said), said
     # Without the cause it begins anew, as the reward is part of what is learned.
     (tmp_path / "run/hurt.py").write_text("def reward(completions, **_):\n    return [1.0] * len(completions)\n")
     assert "going on" not in succeeds(begin(ours, "grpo", tmp_path / "run"))
@@ -120,6 +129,14 @@ def reward(completions, id, trainer_state, inner=reward, **_):
         (
             "    while True:\n        pass",
             r"reward hurt\.reward took more than 2 s in step 1, at line [23] of .*hurt\.py; make it faster, or",
+        ),
+        (
+            # As where `ulimit -v` bounds a process: 1 GB more than it has.
+            "    import resource\n"
+            "    size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 10**9\n"
+            "    resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
+            "    kept = []\n    while True:\n        kept.append(bytearray(10**8))",
+            r"reward hurt\.reward failed in step 1: MemoryError \(\) in line 7 of .*hurt\.py; mend it",
         ),
     ],
 )

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from workflow import checkpoints, launch
-from workflow.checkpoints import LIBRARIES, MANIFEST, MODULES, fault, fingerprint, finish, newest, seal, take_up
+from workflow.checkpoints import (
+    LIBRARIES,
+    MANIFEST,
+    MODULES,
+    fault,
+    fingerprint,
+    finish,
+    keep_two,
+    newest,
+    seal,
+    take_up,
+)
 from workflow.launch import CHECKPOINTS, HERE, Hardware, drop_finished
 from workflow.params import load_params
 
@@ -121,6 +132,12 @@ def test_a_finished_training_keeps_one_checkpoint_until_its_model_is_read(
     assert kept.is_dir()
     drop_finished(Path("data/models/cold_start"))
     assert not kept.exists()
+
+
+def test_two_are_kept(folder: Path) -> None:
+    (folder / "checkpoint-30").mkdir()
+    keep_two(folder)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-20", "checkpoint-30"]
 
 
 def test_a_short_training_leaves_nothing(tmp_path: Path) -> None:

@@ -84,8 +84,10 @@ def is_written(file: str) -> bool:
 
 
 def is_there(pid_file: str) -> bool:
-    pid = int(Path(pid_file).read_text())
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(int(Path(pid_file).read_text())).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:

@@ -46,7 +46,7 @@ def test_the_rows_of_the_first_loss_that_is_no_number(trainer):
 def test_all_rows_of_the_last_step_where_only_its_gradient_is_wrong(trainer):
     from workflow.rows import guilty
 
-    assert guilty(trainer) == "before the first step"
+    assert guilty(trainer) == "the update of step 0"
     step(trainer, 8, (1.0, ["a"]))
     step(trainer, 9, (1.0, ["b", "b"]), (1.0, ["c"]))
     assert guilty(trainer) == "step 9, on rows b, c"

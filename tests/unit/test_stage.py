@@ -147,6 +147,13 @@ def test_the_cache_must_have_room_for_what_dvc_will_copy(tmp_path, monkeypatch):
     stage.check_cache([out])
 
 
+def test_ctrl_c_is_one_sentence(environment, tmp_path):
+    """Of a stage that has nothing to save; `stoppable` ones end with 75."""
+    done = run("import os, signal; signal.raise_signal(signal.SIGINT)", environment, tmp_path)
+    assert done.returncode == 130
+    assert done.stderr == "error: interrupted; the same command starts it again\n"
+
+
 def test_one_writes_an_output_and_another_waits(environment, tmp_path):
     """Also after the first one was killed: what it forked holds the lock."""
     first = """import os, time
