@@ -217,6 +217,12 @@ class HealthGate(TrainerCallback):
                 for name, message in conditions(self.health, state.log_history[: count + 1], self.most).items():
                     self.warned.setdefault(name, message)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.health is not None and self.trainer.generates_next:
+            check_weights(self.trainer, self.where)  # sampling from broken ones fails deep in a library
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # DeepSpeed skips a step whose gradient overflows, in bfloat16 too.
         wrong = not_finite(state.log_history[-1], scaled=args.fp16 or args.deepspeed_plugin is not None)

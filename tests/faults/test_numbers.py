@@ -77,6 +77,14 @@ def test_a_learning_rate_that_destroys_the_weights(kind: str, inputs: Path, tmp_
     assert "learning_rate" in said
 
 
+def test_weights_that_are_lost_are_in_no_model(inputs: Path, tmp_path: Path) -> None:
+    """Where nothing is logged and no checkpoint is written after it."""
+    trainer = {"learning_rate": 1e30, "max_grad_norm": 1e9, "logging_steps": 1000, "max_steps": 12}
+    said = fails(variant(inputs, tmp_path / "inputs", "sft", trainer), "sft", tmp_path / "run")
+    wanted = rf"after step 12 there are weights that are no finite numbers \(first seen in step \d, {ROWS}\); "
+    assert re.match(f"error: sft\\.cold_start: {wanted}", said), said
+
+
 def test_a_start_model_that_is_broken(inputs: Path, tmp_path: Path) -> None:
     ours = variant(inputs, tmp_path / "inputs", "sft", {})
     weights = load_file(ours / "model/model.safetensors")
@@ -111,9 +119,9 @@ def reward(completions, id, trainer_state, inner=reward, **_):
         )
         assert re.match(f"error: grpo\\.reasoning: {wanted}", said), said
         assert [step(checkpoint) for checkpoint in sealed(tmp_path / "run")][-1] == 6, attempt
-    # Nor in a model, where no step is logged and no checkpoint written after it.
+    # Without checkpoints, before anything is sampled from them.
     said = fails(ours, "grpo", folder_with(tmp_path, "other"), "seldom")
-    assert re.match(r"error: grpo\.reasoning: after step 12 there are weights that are no finite numbers", said), said
+    assert re.match(f"error: grpo\\.reasoning: {wanted}", said), said
     # Without the cause it begins anew, as the reward is part of what is learned.
     (tmp_path / "run/hurt.py").write_text("def reward(completions, **_):\n    return [1.0] * len(completions)\n")
     assert "going on" not in succeeds(begin(ours, "grpo", tmp_path / "run"))
